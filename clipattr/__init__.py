@@ -1,0 +1,1 @@
+"""What is inside a CLIP model, how it drives a prediction, and whether that is a shortcut."""

@@ -1,0 +1,1 @@
+"""Why a prediction came out: functions of a score, activations and sparse codes."""

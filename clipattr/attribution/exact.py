@@ -1,0 +1,45 @@
+"""The ground truth of attribution: delete one latent, run the suffix, see what changed."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from clipattr.attribution.score import Score, clean_scores
+from clipattr.codes import SparseCodes
+
+
+@torch.no_grad()
+def exact_patching(
+    score: Score,
+    x: Float[Tensor, "batch *site model"],
+    codes: SparseCodes,
+    W_dec: Float[Tensor, "latent model"],
+    chunk_rows: int = 8192,
+) -> Float[Tensor, "batch *site active"]:
+    """Effect of deleting each latent alone: y(x) - y(x - a_j v_j).
+
+    One suffix row per active slot, `chunk_rows` of them at a time whatever image they belong to.
+    Slots without an active latent have effect 0 and cost nothing.
+    """
+    clean = clean_scores(score, x)
+    effects = torch.zeros_like(codes.values, dtype=clean.dtype)
+    for slots in codes.is_active.nonzero().split(chunk_rows):
+        images = slots[:, 0]
+        patched = score(_without_one_latent(x, codes, W_dec, slots), images)
+        effects[slots.unbind(dim=1)] = clean[images] - patched
+    return effects
+
+
+def _without_one_latent(
+    x: Float[Tensor, "batch *site model"],
+    codes: SparseCodes,
+    W_dec: Float[Tensor, "latent model"],
+    slots: Int[Tensor, "rows coordinates"],
+) -> Float[Tensor, "rows *site model"]:
+    """One copy of the image's activation per slot (image, position in the site, slot), edited."""
+    image, *position, _ = slots.unbind(dim=1)
+    where = slots.unbind(dim=1)
+    edited = x[image]  # indexing by a tensor copies, so the edit below stays here
+    row = torch.arange(slots.shape[0], device=x.device)
+    edited[(row, *position)] -= codes.values[where][:, None] * W_dec[codes.indices[where]]
+    return edited

@@ -1,0 +1,72 @@
+"""Score of every image under two heads, and how much attribution falls on cue latents."""
+
+import lightning as L
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from clipattr.attribution.closed_form import (
+    LastLayerHead,
+    build_lens_table,
+    class_attributions,
+)
+from clipattr.callbacks.base import ReadoutCallback
+from clipattr.metrics.per_image import PerImage, PerImageResult
+from clipattr.shortcuts.amplification import attribution_share
+from clipattr.spliced import Readout, Spliced
+
+
+class HeadsCallback(ReadoutCallback):
+    """Fills `result`: per image and head the score, sum |R|, and sum R over each cue's latents.
+
+    Columns: `<head>.score`, `<head>.total`, `<head>.<cue>`. The rows of `weights` are the heads.
+    """
+
+    def __init__(
+        self,
+        spliced: Spliced,
+        weights: Float[Tensor, "head embed"],
+        bias: Float[Tensor, " head"],
+        *,
+        names: tuple[str, ...],
+        cue_latents: dict[str, Int[Tensor, " cue"]],
+    ) -> None:
+        self.spliced = spliced
+        self.head = LastLayerHead(*spliced.tower.last_layer(), weights)
+        self.bias = bias
+        self.W_dec = spliced.sae.W_dec.detach()
+        self.cue_latents = cue_latents
+        self.lens = build_lens_table(self.head, self.W_dec)
+        self.columns = tuple(
+            f"{name}.{part}" for name in names for part in ("score", "total", *cue_latents)
+        )
+        self.table = PerImage(self.columns)
+        self.result: PerImageResult | None = None
+        super().__init__(self.table)
+
+    @torch.no_grad()
+    def take(self, readout: Readout) -> None:
+        """Closed form of the last layer for all heads at once."""
+        attributions = class_attributions(
+            self.head, self.lens, readout.x, readout.codes, self.W_dec
+        )
+        unit = normalize(self.spliced.tower.suffix(readout.x), dim=-1)
+        scores = unit @ self.head.weights.T + self.bias
+        columns: list[Tensor] = []
+        for number in range(len(self.head.weights)):
+            of_head = attributions[..., number]
+            total = torch.where(readout.codes.is_active, of_head, 0).abs().sum(dim=1)
+            columns += [scores[:, number], total]
+            for latents in self.cue_latents.values():
+                columns.append(attribution_share(of_head, readout.codes, latents).cue)
+        self.table.update(readout.rows, torch.stack(columns, dim=1))
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """All images, sorted."""
+        self.result = self.table.compute()
+
+    def column(self, name: str) -> Tensor:
+        """One column of the result, by name."""
+        assert self.result is not None
+        return self.result.values[:, self.columns.index(name)]

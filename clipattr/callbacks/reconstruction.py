@@ -1,0 +1,41 @@
+"""How well the SAE reconstructs, and that a splice without an edit is the identity."""
+
+import lightning as L
+import torch
+from torchmetrics import MaxMetric
+
+from clipattr.callbacks.base import ReadoutCallback
+from clipattr.metrics.reconstruction import Reconstruction
+from clipattr.spliced import Readout, Spliced
+
+
+class ReconstructionCallback(ReadoutCallback):
+    """Fills `sae` and `splice` after the test epoch."""
+
+    def __init__(self, spliced: Spliced) -> None:
+        self.spliced = spliced
+        sae = spliced.sae
+        self.reconstruction = Reconstruction(d_model=sae.d_model, n_latents=sae.n_latents)
+        self.splice_error = MaxMetric()
+        self.sae: dict[str, float] = {}
+        self.splice: dict[str, float] = {}
+        super().__init__(self.reconstruction, self.splice_error)
+
+    @torch.no_grad()
+    def take(self, readout: Readout) -> None:
+        """Error of x_hat, and how far the spliced embedding is from the clean one."""
+        recon = readout.x - readout.error
+        self.reconstruction.update(readout.x, recon, readout.codes)
+        spliced = self.spliced.embed(readout.codes, readout.error)
+        clean = self.spliced.tower.suffix(readout.x)
+        self.splice_error.update((spliced - clean).abs().max())
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Divide once, over the whole set."""
+        result = self.reconstruction.compute()
+        self.sae = {
+            "fvu": float(result.fvu),
+            "l0": float(result.l0),
+            "dead_fraction": float(result.dead_fraction),
+        }
+        self.splice = {"max_error": float(self.splice_error.compute())}

@@ -1,0 +1,1 @@
+"""Settings: one schema, one loader. The only package that imports OmegaConf."""

@@ -1,0 +1,366 @@
+"""Every setting of every job on one page. Imports no torch: a typo must die in under a second.
+
+One dataclass per section, one docstring line per field (`--help` prints them). A YAML file opens
+with `job: <name>`, which selects the class in `JOBS`; it holds what differs from the defaults.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+from clipattr.errors import ConfigError
+
+
+class Tokens(Enum):
+    """Which tokens of the site are read."""
+
+    cls = "cls"
+
+
+class Stream(Enum):
+    """Which stream of the tower is read."""
+
+    residual = "residual"
+
+
+class Logger(Enum):
+    """Where the training curves go; tensorboard and wandb are extras."""
+
+    csv = "csv"
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+
+
+class Precision(Enum):
+    """Arithmetic of the training step; parameters stay float32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Method(Enum):
+    """Attribution methods that a faithfulness table compares (logit_lens is always needed)."""
+
+    attribution_patching = "attribution_patching"
+    integrated_gradients = "integrated_gradients"
+    act_times_logit_lens = "act_times_logit_lens"
+    logit_lens = "logit_lens"
+    energy = "energy"
+    random = "random"
+    exact = "exact"
+
+
+def _positive(section: object, prefix: str, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value <= 0:
+            raise ConfigError(f"{prefix}.{name}={value!r}: must be greater than 0")
+
+
+@dataclass
+class ModelConfig:
+    """The frozen CLIP model."""
+
+    name: str = "planted-world"
+    """planted-world (bundled), an open_clip architecture, hf-hub:<id> or local-dir:<folder>"""
+    pretrained: str | None = None
+    """open_clip weight tag or a local checkpoint file; only with an architecture name"""
+
+
+@dataclass
+class SiteConfig:
+    """Where the tower is cut."""
+
+    layer: int = -1
+    """block whose output is read; negative counts from the end"""
+    stream: Stream = Stream.residual
+    """residual: the residual stream after the block"""
+    tokens: Tokens = Tokens.cls
+    """cls: the class token"""
+
+
+@dataclass
+class DataConfig:
+    """Image shards and how they are read."""
+
+    shards: str = MISSING
+    """a .tar file, a folder of them, or a brace pattern such as 'train/{000000..000011}.tar'"""
+    batch_size: int = 256
+    """images per CLIP forward"""
+    workers: int = 2
+    """processes that decode images"""
+    cache: str = "runs/cache"
+    """folder of cached activations: CLIP runs once per image"""
+    max_bad_fraction: float = 0.0
+    """share of broken samples that is skipped and reported before the run stops"""
+
+    def check(self) -> None:
+        """Raise ConfigError when a value cannot work."""
+        _positive(self, "data", "batch_size")
+        if self.workers < 0:
+            raise ConfigError(f"data.workers={self.workers}: must be 0 or more")
+        if not 0.0 <= self.max_bad_fraction < 1.0:
+            raise ConfigError(f"data.max_bad_fraction={self.max_bad_fraction}: must be in [0, 1)")
+
+
+@dataclass
+class TrainerConfig:
+    """How long, on what, and how often to look and save."""
+
+    steps: int = 1000
+    """optimiser steps"""
+    devices: int = 1
+    """processes (CPU) or GPUs"""
+    accelerator: str = "auto"
+    """auto, cpu or gpu"""
+    precision: Precision = Precision.fp32
+    """fp32 or bf16 (mixed)"""
+    log_every: int = 50
+    """steps between two logged points"""
+    checkpoint_every: int = 500
+    """steps between two checkpoints; a killed run resumes from the last one"""
+    logger: Logger = Logger.csv
+    """csv, tensorboard (extra) or wandb (extra)"""
+    progress: bool = True
+    """show progress bars"""
+
+    def check(self) -> None:
+        """Raise ConfigError when a value cannot work."""
+        _positive(self, "trainer", "steps", "devices", "log_every", "checkpoint_every")
+        if self.accelerator not in ("auto", "cpu", "gpu"):
+            raise ConfigError(f"trainer.accelerator={self.accelerator!r}: must be auto, cpu or gpu")
+
+
+@dataclass
+class JobConfig:
+    """What every job has."""
+
+    job: str = MISSING
+    """which job this file is"""
+    name: str = MISSING
+    """run name: results go to <runs>/<name>/"""
+    runs: str = "runs"
+    """folder of all runs"""
+    seed: int = 0
+    """seed of weights, order and rendering"""
+
+    def check(self) -> None:
+        """Raise ConfigError when a value or a combination cannot work."""
+        parts = self.name.split("/")
+        if not self.name or self.name.startswith("/") or ".." in parts:
+            raise ConfigError(f"name={self.name!r}: must be a plain folder name inside {self.runs}")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed}: must be 0 or more")
+        for section_name in ("data", "trainer", "sae", "probe", "clip", "world", "evaluation"):
+            section = getattr(self, section_name, None)
+            if section is not None and hasattr(section, "check"):
+                section.check()
+
+
+@dataclass
+class WorldConfig:
+    """Sizes of the planted world's splits."""
+
+    out: str = "runs/world"
+    """folder of the shards, one sub-folder per split"""
+    train: int = 24000
+    """captioned images with the planted rates, for CLIP and the SAE"""
+    val: int = 2000
+    """held-out images, same rates"""
+    test: int = 4000
+    """held-out images in which every planted correlation is broken"""
+    task_train: int = 3000
+    """cracked / intact images in which the tag sticker goes with the label"""
+    task_test: int = 2000
+    """cracked / intact images in which both stickers are balanced"""
+    task_pairs: int = 400
+    """scenes drawn three times: without sticker, with the tag, with the seal"""
+    shard_size: int = 1000
+    """images per shard"""
+    workers: int = 2
+    """processes that draw"""
+
+    def check(self) -> None:
+        """Raise ConfigError when a value cannot work."""
+        _positive(self, "world", "train", "val", "test", "task_train", "task_test")
+        _positive(self, "world", "task_pairs", "shard_size", "workers")
+
+
+@dataclass
+class ClipConfig:
+    """The small CLIP that is trained from scratch."""
+
+    architecture: str = "planted-world"
+    """planted-world, or a folder with an open_clip_config.json (and bpe_merges.txt.gz)"""
+    lr: float = 1e-3
+    """peak learning rate of AdamW, cosine to zero"""
+    weight_decay: float = 0.1
+    """on matrices only"""
+    warmup: int = 100
+    """steps of linear warm-up"""
+
+    def check(self) -> None:
+        """Raise ConfigError when a value cannot work."""
+        _positive(self, "clip", "lr")
+
+
+@dataclass
+class SaeConfig:
+    """TopK sparse autoencoder with AuxK."""
+
+    n_latents: int = 512
+    """size of the dictionary"""
+    k: int = 16
+    """active latents per row"""
+    k_aux: int | None = None
+    """dead latents that model the residual; half the width of the site when not set"""
+    aux_coefficient: float = 1 / 32
+    """weight of the auxiliary loss"""
+    dead_after: int = 20000
+    """rows without firing after which a latent counts as dead"""
+    lr: float = 1e-3
+    """peak learning rate of Adam, linear decay over the last fifth"""
+    warmup: int = 100
+    """steps of linear warm-up"""
+    batch_size: int = 1024
+    """rows per step, over all devices"""
+
+    def check(self) -> None:
+        """Raise ConfigError when a value cannot work."""
+        _positive(self, "sae", "n_latents", "k", "lr", "batch_size", "dead_after")
+        if self.k > self.n_latents:
+            raise ConfigError(
+                f"sae.k={self.k} is larger than sae.n_latents={self.n_latents}: "
+                "k active latents are chosen out of n_latents"
+            )
+
+
+@dataclass
+class ProbeConfig:
+    """Linear probe on the normalised image embedding."""
+
+    label: str = "cls"
+    """sample field that holds the class: cls, or json:<key>"""
+    classes: list[str] = field(default_factory=list)
+    """class names, in the order of the labels; at least two"""
+    lr: float = 0.01
+    """peak learning rate of AdamW, cosine to zero"""
+    weight_decay: float = 1e-4
+    """on the weights"""
+    batch_size: int = 512
+    """rows per step, over all devices"""
+
+    def check(self) -> None:
+        """Raise ConfigError when a value cannot work."""
+        _positive(self, "probe", "lr", "batch_size")
+        if len(self.classes) < 2:
+            raise ConfigError(f"probe.classes={self.classes}: name at least two classes")
+
+
+@dataclass
+class EvaluationConfig:
+    """What the planted world's evaluation computes."""
+
+    methods: list[Method] = field(default_factory=lambda: list(Method))
+    """attribution methods to compare"""
+    images: int = 1000
+    """test images of the faithfulness table"""
+    steps: int = 16
+    """latents deleted one after the other in a curve; at most sae.k are active"""
+    ig_steps: int = 64
+    """midpoints of integrated gradients"""
+    overlap_top: int = 5
+    """n of the top-n overlap with exact patching"""
+    resamples: int = 1000
+    """bootstrap resamples of every interval"""
+    top_examples: int = 20
+    """images per latent that define its label"""
+    gallery: int = 8
+    """explained predictions on the page"""
+
+    def check(self) -> None:
+        """Raise ConfigError when a value cannot work."""
+        _positive(self, "evaluation", "images", "steps", "ig_steps", "overlap_top")
+        _positive(self, "evaluation", "resamples", "top_examples")
+        if Method.logit_lens not in self.methods:
+            raise ConfigError(
+                "evaluation.methods lacks logit_lens, which every other method is compared with"
+            )
+
+
+@dataclass
+class TrainClip(JobConfig):
+    """train_clip: train a small open_clip model from scratch on captioned shards."""
+
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass
+class TrainSae(JobConfig):
+    """train_sae: train a sparse autoencoder on activations of a frozen CLIP."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    site: SiteConfig = field(default_factory=SiteConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    held_out: str = MISSING
+    """shards on which the SAE's final metrics are measured"""
+    sae: SaeConfig = field(default_factory=SaeConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass
+class TrainProbe(JobConfig):
+    """train_probe: train a linear probe on frozen CLIP embeddings."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass
+class RenderWorld(JobConfig):
+    """render_world: draw the planted world as WebDataset image shards."""
+
+    world: WorldConfig = field(default_factory=WorldConfig)
+
+
+@dataclass
+class EvaluateZeroshot(JobConfig):
+    """evaluate_zeroshot: zero-shot accuracy of a CLIP per factor of the planted world."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+@dataclass
+class EvaluateWorld(JobConfig):
+    """evaluate_world: faithfulness, scorecard and shortcut amplification, with a report page."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    world: str = "runs/world"
+    """folder written by render_world"""
+    data: DataConfig = field(default_factory=lambda: DataConfig(shards="runs/world/test"))
+    sae: str = MISSING
+    """folder with sae.safetensors and sae.json"""
+    probe: str = MISSING
+    """folder with probe.safetensors and probe.json"""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+
+TRAIN_JOBS: dict[str, type[JobConfig]] = {
+    "render_world": RenderWorld,
+    "train_clip": TrainClip,
+    "train_sae": TrainSae,
+    "train_probe": TrainProbe,
+}
+EVALUATE_JOBS: dict[str, type[JobConfig]] = {
+    "evaluate_zeroshot": EvaluateZeroshot,
+    "evaluate_world": EvaluateWorld,
+}
+JOBS = TRAIN_JOBS | EVALUATE_JOBS

@@ -1,0 +1,42 @@
+"""One file per job; `run` is the only place that knows them all."""
+
+from clipattr.config.schema import (
+    EvaluateWorld,
+    EvaluateZeroshot,
+    JobConfig,
+    RenderWorld,
+    TrainClip,
+    TrainProbe,
+    TrainSae,
+)
+
+
+def run(config: JobConfig, command: list[str]) -> None:
+    """Run the job of a validated config. Each job imports what it needs, and no more."""
+    match config:
+        case RenderWorld():
+            from clipattr.jobs.render_world import render_world
+
+            render_world(config, command)
+        case TrainClip():
+            from clipattr.jobs.train_clip import train_clip
+
+            train_clip(config, command)
+        case TrainSae():
+            from clipattr.jobs.train_sae import train_sae
+
+            train_sae(config, command)
+        case TrainProbe():
+            from clipattr.jobs.train_probe import train_probe
+
+            train_probe(config, command)
+        case EvaluateZeroshot():
+            from clipattr.jobs.evaluate_zeroshot import evaluate_zeroshot
+
+            evaluate_zeroshot(config, command)
+        case EvaluateWorld():
+            from clipattr.jobs.evaluate_world import evaluate_world
+
+            evaluate_world(config, command)
+        case _:
+            raise AssertionError(f"no job for {type(config).__name__}")

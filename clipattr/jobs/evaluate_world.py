@@ -1,0 +1,188 @@
+"""Answer the three questions on the planted world, graded against its truth, and show the page."""
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import lightning as L
+import torch
+from jaxtyping import Float, Int
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from clipattr.attribution.baselines import logit_lens_table
+from clipattr.callbacks import (
+    ExamplesCallback,
+    FaithfulnessCallback,
+    HeadsCallback,
+    ReconstructionCallback,
+    RelianceCallback,
+)
+from clipattr.clip import embed_prompts
+from clipattr.config.schema import EvaluateWorld
+from clipattr.jobs.start import describe_files, describe_shards, start
+from clipattr.jobs.world_data import WorldData, load_world
+from clipattr.jobs.world_metrics import collect_metrics
+from clipattr.jobs.world_page import print_scorecard, write_page
+from clipattr.jobs.world_scorecard import ScorecardEntry, grade
+from clipattr.jobs.world_shortcuts import (
+    CueEntry,
+    GroupEntry,
+    PairScores,
+    build_heads,
+    find_cue_latents,
+    measure_cue,
+    measure_groups,
+    pair_scores,
+)
+from clipattr.shortcuts.groups import GroupCounts
+from clipattr.training.spliced_module import SplicedModule, rows_loader
+from clipattr.training.trainer import build_trainer
+from clipattr.world.factors import NOUNS, Sticker
+from clipattr.world.prompts import ZEROSHOT, planted_failures
+from clipattr.world.sampling import Split
+
+logger = logging.getLogger(__name__)
+
+
+class Inside(NamedTuple):
+    """Questions one and two: what is inside, and how does it drive a prediction."""
+
+    reconstruction: ReconstructionCallback
+    examples: ExamplesCallback
+    faithfulness: FaithfulnessCallback
+    scorecard: list[ScorecardEntry]
+
+
+class Shortcuts(NamedTuple):
+    """Question three: is it a shortcut, and does the probe amplify it."""
+
+    cues: list[CueEntry]
+    groups: list[GroupEntry]
+    counts: dict[str, GroupCounts]
+    pairs: PairScores
+
+
+def evaluate_world(config: EvaluateWorld, command: list[str]) -> None:
+    """Write metrics.json and report/index.html of the run."""
+    splits = [config.data.shards, *(_split(config, s) for s in (Split.task_test, Split.task_pairs))]
+    inputs: dict[str, object] = {
+        "shards": [describe_shards(shards) for shards in splits],
+        "weights": describe_files(
+            Path(config.sae) / "sae.safetensors", Path(config.probe) / "probe.safetensors"
+        ),
+    }
+    run = start(config, command, inputs)
+    if run is None:
+        print_scorecard(Path(config.runs) / config.name)
+        return
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    data = load_world(config)
+    inside = look_inside(config, data, run.path)
+    shortcuts = measure_shortcuts(config, data, run.path)
+    run.update_manifest(data=data.test.fingerprint)
+    run.write_metrics(collect_metrics(inside, shortcuts, zeroshot_accuracy(data)))
+    write_page(config, data, inside, shortcuts, run)
+    run.finish()
+    print_scorecard(run.path)
+
+
+def _split(config: EvaluateWorld, split: Split) -> str:
+    return str(Path(config.world) / split.name)
+
+
+def _test(
+    config: EvaluateWorld, data: WorldData, x: Tensor, folder: Path, callbacks: list[Callback]
+) -> None:
+    trainer = build_trainer(config.trainer, folder, callbacks=callbacks)
+    loader = rows_loader(x, batch_size=config.data.batch_size)
+    trainer.test(SplicedModule(data.spliced), loader, verbose=False)
+
+
+def noun_scores(data: WorldData) -> Float[Tensor, "image class"]:
+    """Cosine of every test image with every noun's prompt."""
+    prompts = embed_prompts(data.frozen.clip, list(ZEROSHOT["shape"].prompts))
+    return data.embeddings(data.test.x) @ prompts.T
+
+
+def look_inside(config: EvaluateWorld, data: WorldData, folder: Path) -> Inside:
+    """One pass over the test rows with every callback of the first two questions."""
+    settings = config.evaluation
+    nouns = embed_prompts(data.frozen.clip, [f"a {noun}" for noun in NOUNS])
+    predicted: Int[Tensor, " image"] = noun_scores(data).argmax(dim=1)
+    prompts = list(dict.fromkeys(failure.prompt for failure in planted_failures()))
+    reconstruction = ReconstructionCallback(data.spliced)
+    examples = ExamplesCallback(
+        n_latents=data.spliced.sae.n_latents, n_examples=settings.top_examples
+    )
+    faithfulness = FaithfulnessCallback(
+        data.spliced,
+        nouns,
+        predicted[: settings.images],
+        methods=settings.methods,
+        n_steps=settings.steps,
+        ig_steps=settings.ig_steps,
+        overlap_top=settings.overlap_top,
+        resamples=settings.resamples,
+        seed=config.seed,
+    )
+    reliance = RelianceCallback(data.spliced, embed_prompts(data.frozen.clip, prompts))
+    _test(config, data, data.test.x, folder, [reconstruction, examples, faithfulness, reliance])
+    return Inside(reconstruction, examples, faithfulness, _scorecard(data, prompts, reliance))
+
+
+def _scorecard(
+    data: WorldData, prompts: list[str], reliance: RelianceCallback
+) -> list[ScorecardEntry]:
+    assert reliance.mean_attribution is not None
+    spliced = data.spliced
+    texts = embed_prompts(data.frozen.clip, prompts)
+    lens = logit_lens_table(spliced.tower.suffix, spliced.sae.W_dec, texts)
+    scores = data.embeddings(data.test.x) @ texts.T
+    # Dense on purpose: AUROC ranks every latent over all images, and this dictionary is small.
+    activations = spliced.sae.encode(data.test.x.to(texts.device)).to_dense()
+    entries: list[ScorecardEntry] = []
+    for failure in planted_failures():
+        number = prompts.index(failure.prompt)
+        entries.append(
+            grade(
+                failure,
+                activations=activations,
+                scores=scores[:, number],
+                shows_factor=data.test.where(failure.shows_factor).to(texts.device),
+                shows_class=data.test.where(failure.shows_class).to(texts.device),
+                mean_attribution=reliance.mean_attribution[number],
+                logit_lens=lens[number],
+            )
+        )
+    return entries
+
+
+def measure_shortcuts(config: EvaluateWorld, data: WorldData, folder: Path) -> Shortcuts:
+    """Score the task's test images and the counterfactual pairs with both heads."""
+    options = {"resamples": config.evaluation.resamples, "seed": config.seed}
+    codes = data.spliced.sae.encode(data.task_test.x.to(data.frozen.clip.device))
+    cue_latents = find_cue_latents(codes.to_dense().cpu(), data.task_test)
+    on_task: HeadsCallback = build_heads(data, cue_latents)
+    on_pairs: HeadsCallback = build_heads(data, cue_latents)
+    _test(config, data, data.task_test.x, folder, [on_task])
+    _test(config, data, data.pairs.x, folder, [on_pairs])
+    pairs = pair_scores(on_pairs, on_task, data.pairs)
+    cues = [
+        measure_cue(cue, latents, on_task=on_task, on_pairs=on_pairs, pairs=pairs, **options)
+        for cue, latents in cue_latents.items()
+    ]
+    groups, counts = measure_groups(on_task, data.task_test, Sticker.tag, **options)
+    return Shortcuts(cues, groups, counts, pairs)
+
+
+def zeroshot_accuracy(data: WorldData) -> dict[str, float]:
+    """Accuracy per factor on the test split, in which every planted correlation is broken."""
+    embeddings = data.embeddings(data.test.x)
+    accuracy: dict[str, float] = {}
+    for name, task in ZEROSHOT.items():
+        truth = [task.values.index(str(factors[task.field])) for factors in data.test.factors]
+        scores = embeddings @ embed_prompts(data.frozen.clip, list(task.prompts)).T
+        is_right = scores.argmax(dim=1).cpu() == torch.tensor(truth)
+        accuracy[name] = float(is_right.double().mean())
+    return accuracy

@@ -1,0 +1,29 @@
+"""Draw the planted world as image shards, one folder per split."""
+
+from pathlib import Path
+
+from clipattr.config.schema import RenderWorld
+from clipattr.runs import open_run
+from clipattr.world.sampling import Split
+from clipattr.world.shards import split_fingerprint, write_split
+
+
+def render_world(config: RenderWorld, command: list[str]) -> None:
+    """Write every split that is not there yet."""
+    world = config.world
+    sizes = {split: int(getattr(world, split.name)) for split in Split}
+    run = open_run(config, command)
+    fingerprints: dict[str, str] = {}
+    for split, n_images in sizes.items():
+        paths = write_split(
+            Path(world.out) / split.name,
+            split,
+            n_images,
+            seed=config.seed,
+            shard_size=world.shard_size,
+            workers=world.workers,
+        )
+        fingerprints[split.name] = split_fingerprint(paths)
+    run.update_manifest(data=fingerprints)
+    run.write_metrics({"world": {split.name: float(size) for split, size in sizes.items()}})
+    run.finish()

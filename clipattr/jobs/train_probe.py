@@ -1,0 +1,72 @@
+"""Train a linear probe on the normalised image embeddings of labelled shards."""
+
+import logging
+
+import lightning as L
+import torch
+from torch.nn.functional import normalize
+
+from clipattr.config.schema import SiteConfig, TrainProbe
+from clipattr.data.shards import read_label
+from clipattr.jobs.model import FrozenClip, load_frozen, read_features
+from clipattr.jobs.start import describe_shards, start
+from clipattr.probes.files import ProbeRecord, save_probe
+from clipattr.probes.linear import LinearProbe
+from clipattr.training.probe_module import ProbeModule
+from clipattr.training.rows import Rows, RowsDataModule
+from clipattr.training.trainer import build_trainer, fit
+
+logger = logging.getLogger(__name__)
+
+
+def train_probe(config: TrainProbe, command: list[str]) -> None:
+    """Train and save `<run>/probe.safetensors` with `<run>/probe.json`."""
+    inputs: dict[str, object] = {"shards": describe_shards(config.data.shards)}
+    run = start(config, command, inputs)
+    if run is None:
+        return
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    frozen = load_frozen(config.model, SiteConfig(), config.trainer.accelerator)
+    settings = config.probe
+
+    def load() -> tuple[Rows, str]:
+        return _labelled_rows(config, frozen)
+
+    data = RowsDataModule(
+        load, batch_size=settings.batch_size, seed=config.seed, n_steps=config.trainer.steps
+    )
+    embed_width = frozen.tower.last_layer().projection.shape[1]
+    probe = LinearProbe(embed_width, len(settings.classes))
+    module = ProbeModule(
+        probe, lr=settings.lr, weight_decay=settings.weight_decay, n_steps=config.trainer.steps
+    )
+    trainer = build_trainer(config.trainer, run.path)
+    fit(trainer, module, data, run.path)
+    if trainer.is_global_zero:
+        metrics = {"train_accuracy": float(trainer.callback_metrics["train/accuracy"])}
+        record = ProbeRecord(
+            class_names=list(settings.classes),
+            model={"name": config.model.name, "weights_sha256": frozen.clip.weights_sha256},
+            label_field=settings.label,
+            data_fingerprint=data.fingerprint,
+            metrics=metrics,
+        )
+        save_probe(probe, run.path, record)
+        run.update_manifest(data=data.fingerprint)
+        run.write_metrics({"probe": metrics})
+        run.finish()
+        logger.info("accuracy of the last training batch: %.3f", metrics["train_accuracy"])
+
+
+def _labelled_rows(config: TrainProbe, frozen: FrozenClip) -> tuple[Rows, str]:
+    label = config.probe.label
+    needed = ("cls",) if label == "cls" else ("json",)
+    features = read_features(
+        frozen, config.data.shards, config.data, needed, progress=config.trainer.progress
+    )
+    n_classes = len(config.probe.classes)
+    labels = [read_label(sample, label, n_classes) for sample in features.samples]
+    with torch.no_grad():
+        x = features.store.x.to(frozen.clip.device)
+        embeddings = normalize(frozen.tower.suffix(x), dim=-1).cpu()
+    return (embeddings, torch.tensor(labels)), features.store.fingerprint

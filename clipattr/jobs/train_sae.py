@@ -1,0 +1,100 @@
+"""Train a sparse autoencoder on cached activations, and measure it on held-out ones."""
+
+import logging
+
+import lightning as L
+import torch
+
+from clipattr.config.schema import TrainSae
+from clipattr.jobs.model import FrozenClip, load_frozen, read_features
+from clipattr.jobs.start import describe_shards, start
+from clipattr.metrics.reconstruction import Reconstruction
+from clipattr.sae.files import SaeRecord, save_sae
+from clipattr.sae.topk import TopKSae
+from clipattr.training.rows import Rows, RowsDataModule
+from clipattr.training.sae_module import SaeModule
+from clipattr.training.trainer import build_trainer, fit
+
+logger = logging.getLogger(__name__)
+
+
+def train_sae(config: TrainSae, command: list[str]) -> None:
+    """Train and save `<run>/sae.safetensors` with `<run>/sae.json`."""
+    inputs: dict[str, object] = {
+        "shards": describe_shards(config.data.shards),
+        "held_out": describe_shards(config.held_out),
+    }
+    run = start(config, command, inputs)
+    if run is None:
+        return
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    frozen = load_frozen(config.model, config.site, config.trainer.accelerator)
+    progress = config.trainer.progress
+
+    def load() -> tuple[Rows, str]:
+        store = read_features(frozen, config.data.shards, config.data, (), progress=progress).store
+        return (store.x,), store.fingerprint
+
+    data = RowsDataModule(
+        load, batch_size=config.sae.batch_size, seed=config.seed, n_steps=config.trainer.steps
+    )
+    module = _module(config, frozen.tower.d_model)
+    trainer = build_trainer(config.trainer, run.path)
+    fit(trainer, module, data, run.path)
+    if trainer.is_global_zero:
+        metrics = measure(module.sae, frozen, config, progress=progress)
+        record = SaeRecord(
+            site=frozen.tower.site.to_json(),
+            model={"name": config.model.name, "weights_sha256": frozen.clip.weights_sha256},
+            data_fingerprint=data.fingerprint,
+            metrics=metrics,
+        )
+        save_sae(module.sae, run.path, record)
+        run.update_manifest(data=data.fingerprint)
+        run.write_metrics({"sae": metrics})
+        run.finish()
+
+
+def _module(config: TrainSae, d_model: int) -> SaeModule:
+    settings = config.sae
+    generator = torch.Generator().manual_seed(config.seed)
+    sae = TopKSae(d_model=d_model, n_latents=settings.n_latents, k=settings.k, generator=generator)
+    return SaeModule(
+        sae,
+        lr=settings.lr,
+        warmup=settings.warmup,
+        n_steps=config.trainer.steps,
+        k_aux=settings.k_aux or d_model // 2,
+        aux_coefficient=settings.aux_coefficient,
+        dead_after=settings.dead_after,
+    )
+
+
+def measure(
+    sae: TopKSae, frozen: FrozenClip, config: TrainSae, *, progress: bool
+) -> dict[str, float]:
+    """Reconstruction of the held-out shards."""
+    x = read_features(frozen, config.held_out, config.data, (), progress=progress).store.x
+    metric = Reconstruction(d_model=sae.d_model, n_latents=sae.n_latents)
+    with torch.no_grad():
+        for rows in x.split(config.sae.batch_size):
+            output = sae(rows.to(sae.W_dec.device))
+            metric.update(rows, output.recon.cpu(), output.codes)
+    result = metric.compute()
+    metrics = {
+        "fvu": float(result.fvu),
+        "explained_variance": float(result.explained_variance),
+        "l0": float(result.l0),
+        "cosine": float(result.cosine),
+        "dead_fraction": float(result.dead_fraction),
+        "n_rows": float(result.n_rows),
+    }
+    logger.info(
+        "held-out: FVU %.4f at L0 %.1f, %.1f %% of %d latents never fired on %d rows",
+        metrics["fvu"],
+        metrics["l0"],
+        100 * metrics["dead_fraction"],
+        sae.n_latents,
+        int(metrics["n_rows"]),
+    )
+    return metrics

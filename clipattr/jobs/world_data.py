@@ -1,0 +1,77 @@
+"""What the world's evaluation reads: model, SAE, probe, and the rows of each split."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from clipattr.config.schema import EvaluateWorld, SiteConfig
+from clipattr.data.shards import Sample, read_json
+from clipattr.jobs.model import FrozenClip, load_frozen, read_features
+from clipattr.probes.files import load_probe
+from clipattr.probes.linear import LinearProbe
+from clipattr.sae.files import load_sae
+from clipattr.spliced import Spliced
+from clipattr.world.prompts import Factors
+from clipattr.world.sampling import Split
+
+
+@dataclass(frozen=True)
+class SplitRows:
+    """One split: samples, their factors and their activations, row by row."""
+
+    samples: list[Sample]
+    factors: list[Factors]
+    x: Float[Tensor, "row model"]
+    fingerprint: str
+
+    def where(self, is_true: Callable[[Factors], bool]) -> Bool[Tensor, " row"]:
+        """The rows whose factors fulfil a condition."""
+        return torch.tensor([is_true(factors) for factors in self.factors])
+
+
+@dataclass(frozen=True)
+class WorldData:
+    """Everything that is evaluated."""
+
+    frozen: FrozenClip
+    spliced: Spliced
+    probe: LinearProbe
+    test: SplitRows
+    task_test: SplitRows
+    pairs: SplitRows
+
+    @torch.no_grad()
+    def embeddings(self, rows: Float[Tensor, "row model"]) -> Float[Tensor, "row embed"]:
+        """L2-normalised image embeddings."""
+        return normalize(self.frozen.tower.suffix(rows.to(self.frozen.clip.device)), dim=-1)
+
+
+def load_world(config: EvaluateWorld) -> WorldData:
+    """Load and check everything; an SAE or a probe of another model is refused."""
+    frozen = load_frozen(config.model, SiteConfig(), config.trainer.accelerator)
+    model = {"name": config.model.name, "weights_sha256": frozen.clip.weights_sha256}
+    sae, _ = load_sae(Path(config.sae), frozen.tower.site.to_json(), model)
+    probe, _ = load_probe(Path(config.probe), model)
+    device = frozen.clip.device
+    world = Path(config.world)
+    return WorldData(
+        frozen=frozen,
+        spliced=Spliced(frozen.tower, sae.requires_grad_(False).to(device)),
+        probe=probe.requires_grad_(False).to(device),
+        test=_read_split(frozen, config, config.data.shards),
+        task_test=_read_split(frozen, config, str(world / Split.task_test.name)),
+        pairs=_read_split(frozen, config, str(world / Split.task_pairs.name)),
+    )
+
+
+def _read_split(frozen: FrozenClip, config: EvaluateWorld, shards: str) -> SplitRows:
+    features = read_features(
+        frozen, shards, config.data, ("json",), progress=config.trainer.progress
+    )
+    factors = [read_json(sample) for sample in features.samples]
+    return SplitRows(features.samples, factors, features.store.x, features.store.fingerprint)

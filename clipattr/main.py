@@ -1,0 +1,56 @@
+"""The two mains: parse, validate, and only then import torch and run one job."""
+
+import logging
+import sys
+
+from clipattr.config.help import format_help
+from clipattr.config.load import choose_job, load_config, read_file, split_arguments
+from clipattr.config.schema import EVALUATE_JOBS, TRAIN_JOBS, JobConfig
+from clipattr.errors import CheckpointError, ConfigError, DataError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def train() -> None:
+    """Render, or train one thing: `python train.py CONFIG.yaml [key=value ...]`."""
+    sys.exit(run_script("train.py", TRAIN_JOBS, sys.argv[1:]))
+
+
+def evaluate() -> None:
+    """Measure trained things: `python evaluate.py CONFIG.yaml [key=value ...]`."""
+    sys.exit(run_script("evaluate.py", EVALUATE_JOBS, sys.argv[1:]))
+
+
+def run_script(script: str, jobs: dict[str, type[JobConfig]], arguments: list[str]) -> int:
+    """The exit code of one call; what a user got wrong becomes one message, never a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        if {"-h", "--help"} & set(arguments):
+            sys.stdout.write(_format_help(script, jobs, arguments))
+            return 0
+        config = load_config(arguments, jobs)
+        # Late on purpose: this imports torch, and a typo must die in under a second.
+        from clipattr.jobs import run
+
+        run(config, command=[script, *arguments])
+    except (ConfigError, DataError, CheckpointError) as error:
+        kind = type(error).__name__.removesuffix("Error").lower()
+        sys.stderr.write(f"{kind} error: {error}\n")
+        return USER_ERROR
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Lightning turns Ctrl+C during training into sys.exit(1).
+        if not isinstance(error.__context__ or error, KeyboardInterrupt):
+            raise
+        sys.stderr.write("\ninterrupted: the same command starts it again\n")
+        return INTERRUPTED
+    return 0
+
+
+def _format_help(script: str, jobs: dict[str, type[JobConfig]], arguments: list[str]) -> str:
+    words = [word for word in arguments if not word.startswith("-")]
+    if words:
+        path, _ = split_arguments(words)
+        name = choose_job(read_file(path), path, jobs)
+        jobs = {name: jobs[name]}
+    return format_help(script, jobs)

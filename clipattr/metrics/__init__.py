@@ -1,0 +1,1 @@
+"""Numbers with their intervals: pure functions, and torchmetrics where they are streamed."""

@@ -1,0 +1,1 @@
+"""Heads on CLIP features: the linear probe and its files."""

@@ -1,0 +1,23 @@
+"""A linear classifier on the normalised image embedding, the simplest head built on CLIP."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class LinearProbe(nn.Module):
+    """logit_c = w_c . f + beta_c on the feature f = e / ||e||.
+
+    Starts at zero: logistic regression is convex, so the start needs no chance.
+    """
+
+    def __init__(self, d_in: int, n_classes: int) -> None:
+        """A probe that gives every class the same logit."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(n_classes, d_in))
+        self.bias = nn.Parameter(torch.zeros(n_classes))
+
+    def forward(self, features: Float[Tensor, "*rows embed"]) -> Float[Tensor, "*rows class"]:
+        """Logits of L2-normalised embeddings; normalising is left to who makes the features."""
+        return functional.linear(features, self.weight, self.bias)

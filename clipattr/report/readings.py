@@ -1,0 +1,89 @@
+"""What the page says in words about the numbers: which is best, which is worst, what follows.
+
+Every sentence is decided by the numbers alone and has a form for each way they can fall.
+"""
+
+import math
+from collections.abc import Sequence
+
+from clipattr.metrics.intervals import Interval
+from clipattr.report.content import CueResult, Explained, GroupRow, MethodResult, ScorecardRow
+
+REFERENCE_METHOD = "exact"
+_LOWER_IS_BETTER = {
+    "deletion_auc": True,
+    "insertion_auc": False,
+    "spearman_exact": False,
+    "overlap_exact": False,
+    "minus_logit_lens": True,
+}
+
+
+def verdict(row: ScorecardRow) -> str:
+    """One sentence: which of the two methods ranks the responsible latent better."""
+    if not row.learned:
+        return "The model did not learn this planted effect, so the ranks compare nothing here."
+    if row.rank_attribution == row.rank_logit_lens:
+        return f"Both methods put the responsible latent at rank {row.rank_attribution}."
+    attribution_wins = row.rank_attribution < row.rank_logit_lens
+    winner = "Attribution patching" if attribution_wins else "Logit lens"
+    ranks = sorted((row.rank_attribution, row.rank_logit_lens))
+    return f"{winner} ranks the responsible latent better: {ranks[0]} against {ranks[1]}."
+
+
+def tally(rows: Sequence[ScorecardRow]) -> str:
+    """The scorecard in one paragraph, effects that were not learned counted apart."""
+    learned = [row for row in rows if row.learned]
+    attribution = sum(row.rank_attribution < row.rank_logit_lens for row in learned)
+    logit_lens = sum(row.rank_logit_lens < row.rank_attribution for row in learned)
+    return (
+        f"The model learned {len(learned)} of {len(rows)} planted effects. Among these, attribution"
+        f" patching ranks the responsible latent better in {attribution}, logit lens in"
+        f" {logit_lens}, and both equally in {len(learned) - attribution - logit_lens}."
+    )
+
+
+def best_methods(methods: Sequence[MethodResult]) -> dict[str, set[str]]:
+    """For each column of the table the names of the best methods, the reference left out.
+
+    Means are compared as they are printed: two methods that show the same number share the mark.
+    """
+    best = {}
+    for column, lower in _LOWER_IS_BETTER.items():
+        printed = {}
+        for method in methods:
+            value: Interval | None = getattr(method, column)
+            if method.name != REFERENCE_METHOD and value is not None and math.isfinite(value.mean):
+                printed[method.name] = round(value.mean, 3)
+        target = min(printed.values(), default=0.0) if lower else max(printed.values(), default=0.0)
+        best[column] = {name for name, value in printed.items() if value == target}
+    return best
+
+
+def worst_groups(groups: Sequence[GroupRow]) -> set[tuple[str, str]]:
+    """(head, group) of the lowest accuracy of each head."""
+    worst: dict[str, GroupRow] = {}
+    for row in groups:
+        if not math.isfinite(row.accuracy.mean):
+            continue
+        if row.head not in worst or row.accuracy.mean < worst[row.head].accuracy.mean:
+            worst[row.head] = row
+    return {(row.head, row.group) for row in worst.values()}
+
+
+def amplification_reading(cue: CueResult) -> str:
+    """One sentence: does the probe lean on the cue more than the text head does?"""
+    low, high = cue.amplification.low, cue.amplification.high
+    if not (math.isfinite(low) and math.isfinite(high) and math.isfinite(cue.amplification.mean)):
+        return "The ratio is not defined: the cue has no measurable effect on the text head."
+    if low > 1:
+        return "The interval lies above 1: the probe relies on this cue more than the text head."
+    if high < 1:
+        return "The interval lies below 1: the probe relies on this cue less than the text head."
+    return "The interval includes 1: no amplification is shown."
+
+
+def largest_bar(item: Explained) -> float:
+    """The longest bar of a prediction, to which its other bars are scaled."""
+    values = [value for card in item.latents for value in (card.attribution, card.effect)]
+    return max((abs(value) for value in values if math.isfinite(value)), default=0.0)

@@ -1,0 +1,1 @@
+"""Sparse autoencoders: architecture, losses, dead latents, constraints, files."""

@@ -1,0 +1,1 @@
+"""What a latent means: labels, alignment, clarity."""

@@ -1,0 +1,1 @@
+"""Cues, their effects on text head and probe, and groups."""

@@ -1,0 +1,1 @@
+"""Lightning modules, datamodules and the trainer: thin glue around the science packages."""

@@ -1,0 +1,75 @@
+"""Train one TopK SAE on rows of activations."""
+
+import lightning as L
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from clipattr.sae.constraints import normalise_decoder_, remove_parallel_gradient_
+from clipattr.sae.dead import FiringHistory
+from clipattr.sae.losses import auxk_loss, reconstruction_loss
+from clipattr.sae.topk import TopKSae
+from clipattr.training.optim import warmup_hold_decay, with_schedule
+from clipattr.training.rows import RowsDataModule
+
+INIT_ROWS = 8192
+
+
+class SaeModule(L.LightningModule):
+    """Reconstruction loss plus AuxK; the decoder's rows stay on the unit sphere."""
+
+    def __init__(
+        self,
+        sae: TopKSae,
+        *,
+        lr: float,
+        warmup: int,
+        n_steps: int,
+        k_aux: int,
+        aux_coefficient: float,
+        dead_after: int,
+    ) -> None:
+        super().__init__()
+        self.sae = sae
+        self.history = FiringHistory(sae.n_latents)
+        self.lr = lr
+        self.warmup = warmup
+        self.n_steps = n_steps
+        self.k_aux = k_aux
+        self.aux_coefficient = aux_coefficient
+        self.dead_after = dead_after
+
+    def setup(self, stage: str) -> None:
+        """Mean and scale from the first rows; DDP wraps and checkpoints are restored later."""
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        assert isinstance(data, RowsDataModule)
+        self.sae.initialise_from(data.rows[0][:INIT_ROWS])
+
+    def training_step(
+        self, batch: tuple[Float[Tensor, "batch model"]], batch_idx: int
+    ) -> Float[Tensor, ""]:
+        """One step on raw activations."""
+        (x,) = batch
+        output = self.sae(x)
+        reconstruction = reconstruction_loss(x, output.recon)
+        is_dead = self.history.is_dead(self.dead_after)
+        auxiliary = auxk_loss(self.sae, x, output, is_dead, self.k_aux)
+        self.history.update(output.codes, len(x))
+        self.log("train/fvu", reconstruction.detach(), prog_bar=True)
+        self.log("train/aux", auxiliary.detach())
+        self.log("train/dead", is_dead.double().mean(), prog_bar=True)
+        return reconstruction + self.aux_coefficient * auxiliary
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Before clipping, so that the clipped norm is that of the gradient which is used."""
+        remove_parallel_gradient_(self.sae.W_dec)
+
+    def optimizer_step(self, *arguments: object, **keywords: object) -> None:
+        """Renormalise here: checkpoints are written before on_train_batch_end of the module."""
+        super().optimizer_step(*arguments, **keywords)  # pyright: ignore[reportArgumentType]
+        normalise_decoder_(self.sae.W_dec)
+
+    def configure_optimizers(self) -> dict[str, object]:
+        """Adam without weight decay."""
+        optimizer = torch.optim.Adam(self.sae.parameters(), lr=self.lr, fused=True)
+        return with_schedule(optimizer, warmup_hold_decay(self.warmup, self.n_steps))

@@ -1,0 +1,33 @@
+"""Test-only module: reads x, codes and error once per batch, and hands them to the callbacks."""
+
+import lightning as L
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from clipattr.spliced import Readout, Spliced
+
+
+class SplicedModule(L.LightningModule):
+    """`Trainer.test` on rows of cached activations; writes no checkpoint."""
+
+    def __init__(self, spliced: Spliced) -> None:
+        super().__init__()
+        self.spliced = spliced
+
+    def test_step(
+        self, batch: tuple[Float[Tensor, "batch model"], Int[Tensor, " batch"]], batch_idx: int
+    ) -> Readout:
+        """What every callback takes."""
+        x, rows = batch
+        return self.spliced.read(x, rows)
+
+
+def rows_loader(
+    x: Float[Tensor, "row model"], *, batch_size: int, rank: int = 0, world_size: int = 1
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    """Every row exactly once over all ranks, in order, with its number; no padding."""
+    rows = torch.arange(rank, len(x), world_size)
+    dataset = torch.utils.data.TensorDataset(x[rows], rows)
+    return DataLoader(dataset, batch_size=batch_size)

@@ -1,0 +1,112 @@
+"""The closed form at the last layer and the logit-lens identity against autograd."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from clipattr.attribution.closed_form import (
+    LastLayerHead,
+    build_lens_table,
+    class_attributions,
+    closed_form_attribution,
+    reliance_matrix,
+)
+from clipattr.attribution.gradients import attribution_patching
+from clipattr.attribution.score import HeadScore
+from clipattr.codes import SparseCodes
+
+BATCH, MODEL, EMBED, LATENTS, ACTIVE, CLASSES = 6, 16, 9, 40, 5, 7
+Activations = tuple[Tensor, SparseCodes, Tensor]
+
+
+@pytest.fixture
+def head() -> LastLayerHead:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    # A large eps and rows of any length: neither may be assumed away.
+    return LastLayerHead(
+        1 + 0.3 * draw(MODEL), 0.5 * draw(MODEL), 0.05, draw(MODEL, EMBED), draw(CLASSES, EMBED)
+    )
+
+
+@pytest.fixture
+def activations() -> Activations:
+    generator = torch.Generator().manual_seed(1)
+    W_dec = torch.randn(LATENTS, MODEL, generator=generator, dtype=torch.float64) + 0.2
+    indices = torch.rand(BATCH, LATENTS, generator=generator).argsort(dim=1)[:, :ACTIVE]
+    values = torch.rand(BATCH, ACTIVE, generator=generator, dtype=torch.float64) + 0.1
+    values[2, 3:] = 0.0
+    codes = SparseCodes(indices, values, LATENTS)
+    rest = torch.randn(BATCH, MODEL, generator=generator, dtype=torch.float64)
+    return rest + codes.decode(W_dec), codes, W_dec
+
+
+def autograd_attribution(head: LastLayerHead, activations: Activations, targets: Tensor) -> Tensor:
+    """Attribution patching on torch's own layer norm."""
+
+    def suffix(x: Tensor) -> Tensor:
+        normed = torch.nn.functional.layer_norm(x, (MODEL,), head.gamma, head.beta, head.eps)
+        return normed @ head.projection
+
+    bias = torch.zeros(CLASSES, dtype=torch.float64)
+    return attribution_patching(HeadScore(suffix, head.weights, bias, targets), *activations)
+
+
+def test_closed_form_equals_autograd(head: LastLayerHead, activations: Activations):
+    targets = torch.tensor([0, 3, 6, 3, 1, 2])
+    expected = autograd_attribution(head, activations, targets)
+    actual = closed_form_attribution(head, *activations, targets)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+    assert actual[2, 3:].eq(0).all()
+    assert actual.abs().max() > 0.01
+
+
+def test_identity_equals_autograd_for_every_class(head: LastLayerHead, activations: Activations):
+    table = build_lens_table(head, activations[2])
+    together = class_attributions(head, table, *activations)
+    for target in range(CLASSES):
+        expected = autograd_attribution(head, activations, torch.full((BATCH,), target))
+        torch.testing.assert_close(together[..., target], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_reliance_matrix_equals_a_loop_over_rows_and_slots(
+    head: LastLayerHead, activations: Activations
+):
+    x, codes, W_dec = activations
+    table = build_lens_table(head, W_dec)
+    expected = torch.zeros(CLASSES, LATENTS, dtype=torch.float64)
+    for target in range(CLASSES):
+        attributions = autograd_attribution(head, activations, torch.full((BATCH,), target))
+        for image in range(BATCH):
+            for slot in range(ACTIVE):
+                expected[target, codes.indices[image, slot]] += attributions[image, slot]
+    actual = reliance_matrix(head, table, x, codes, W_dec)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_reliance_matrices_of_batches_add_up(head: LastLayerHead, activations: Activations):
+    x, codes, W_dec = activations
+    table = build_lens_table(head, W_dec)
+    parts = [
+        reliance_matrix(head, table, x[rows], codes.select(rows), W_dec)
+        for rows in torch.arange(BATCH).split(4)
+    ]
+    whole = reliance_matrix(head, table, x, codes, W_dec)
+    torch.testing.assert_close(sum(parts), whole, rtol=1e-12, atol=1e-14)
+
+
+def test_float32_inputs_give_a_float64_sum_close_to_the_exact_one(
+    head: LastLayerHead, activations: Activations
+):
+    x, codes, W_dec = activations
+    gamma, beta, eps, projection, weights = head
+    single = LastLayerHead(gamma.float(), beta.float(), eps, projection.float(), weights.float())
+    codes_single = codes._replace(values=codes.values.float())
+    table = build_lens_table(single, W_dec.float())
+    rough = reliance_matrix(single, table, x.float(), codes_single, W_dec.float())
+    exact = reliance_matrix(head, build_lens_table(head, W_dec), x, codes, W_dec)
+    assert rough.dtype == torch.float64
+    torch.testing.assert_close(rough, exact, rtol=1e-3, atol=1e-5)

@@ -1,0 +1,80 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from clipattr.errors import CheckpointError
+from clipattr.probes.files import ProbeRecord, load_probe, save_probe
+from clipattr.probes.linear import LinearProbe
+
+MODEL = {"name": "planted-world", "weights_sha256": "abc"}
+RECORD = ProbeRecord(["intact", "cracked", "other"], MODEL, "cls", "f00d", {"accuracy": 0.5})
+
+
+@pytest.fixture
+def probe() -> LinearProbe:
+    probe = LinearProbe(5, 3)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        probe.weight.copy_(torch.randn(3, 5, generator=generator))
+        probe.bias.copy_(torch.randn(3, generator=generator))
+    return probe
+
+
+def test_logits_equal_sklearn(probe: LinearProbe):
+    features = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
+    reference = LogisticRegression()
+    reference.classes_ = torch.arange(3).numpy()
+    reference.coef_ = probe.weight.detach().numpy()
+    reference.intercept_ = probe.bias.detach().numpy()
+    expected = torch.as_tensor(reference.decision_function(features.numpy()))
+    torch.testing.assert_close(probe(features).detach(), expected)
+    assert probe(features.reshape(7, 1, 5)).shape == (7, 1, 3)
+
+
+def test_untrained_probe_is_undecided():
+    assert (LinearProbe(5, 3)(torch.randn(4, 5)) == 0).all()
+
+
+def test_round_trip(probe: LinearProbe, tmp_path: Path):
+    save_probe(probe, tmp_path, RECORD)
+    loaded, record = load_probe(tmp_path, expected_model=MODEL)
+    features = torch.randn(4, 5)
+    assert torch.equal(loaded(features), probe(features))
+    assert record == RECORD
+    content = json.loads((tmp_path / "probe.json").read_text())
+    assert content["feature"] == "embedding, L2-normalised"
+
+
+def test_other_model_names_both(probe: LinearProbe, tmp_path: Path):
+    save_probe(probe, tmp_path, RECORD)
+    with pytest.raises(CheckpointError, match=r"planted-world.*abc.*ViT-B-32.*def"):
+        load_probe(tmp_path, expected_model={"name": "ViT-B-32", "weights_sha256": "def"})
+
+
+def test_class_names_must_fit(probe: LinearProbe, tmp_path: Path):
+    record = ProbeRecord(["one", "two"], MODEL, "cls", "f00d")
+    with pytest.raises(CheckpointError, match="number of class names is 2, expected 3"):
+        save_probe(probe, tmp_path, record)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"feature": "raw embedding"}, "feature is 'raw embedding', expected 'embedding, L2"),
+        ({"architecture": "mlp"}, "architecture is 'mlp'"),
+        ({"schema_version": 0}, "schema_version is 0"),
+        ({"class_names": ["a", "b"]}, r"bias is torch.float32 \[3\], allowed .*\[2\]"),
+        ({"class_names": 3}, "class_names a list"),
+        ({"d_in": 4}, r"\[3, 4\]"),
+        ({"label": "cls"}, r"unexpected fields \['label'\]"),
+    ],
+)
+def test_wrong_json(probe: LinearProbe, tmp_path: Path, changes: dict[str, object], message: str):
+    save_probe(probe, tmp_path, RECORD)
+    path = tmp_path / "probe.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(CheckpointError, match=message):
+        load_probe(tmp_path)
