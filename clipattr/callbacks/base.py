@@ -31,8 +31,7 @@ class ReadoutCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Hand over the readout."""
-        assert isinstance(outputs, Readout)
-        self.take(outputs)
+        self.take(outputs["readout"])
 
     def take(self, readout: Readout) -> None:
         """Update the metrics; no collective may be called here."""

@@ -182,9 +182,10 @@ class FaithfulnessCallback(ReadoutCallback):
         self, method: Method, columns: Tensor, y_clean: Tensor, reference: Tensor
     ) -> Faithfulness:
         # One seed for all: every method is resampled with the same images.
-        def options() -> dict[str, object]:
-            generator = torch.Generator(y_clean.device).manual_seed(self.seed)
-            return {"resamples": self.resamples, "generator": generator}
+        def draw() -> torch.Generator:
+            return torch.Generator(y_clean.device).manual_seed(self.seed)
+
+        n = self.resamples
 
         deletion, insertion, *agreement = columns
         is_defined = ~torch.stack(agreement).isnan().any(dim=0)
@@ -193,12 +194,12 @@ class FaithfulnessCallback(ReadoutCallback):
         return Faithfulness(
             deletion_curve=curves[0],
             insertion_curve=curves[1],
-            deletion_auc=bootstrap_ratio(deletion, y_clean, **options()),
-            insertion_auc=bootstrap_ratio(insertion, y_clean, **options()),
-            spearman_exact=bootstrap_mean(agreement[0][is_defined], **options()),
-            overlap_exact=bootstrap_mean(agreement[1][is_defined], **options()),
+            deletion_auc=bootstrap_ratio(deletion, y_clean, resamples=n, generator=draw()),
+            insertion_auc=bootstrap_ratio(insertion, y_clean, resamples=n, generator=draw()),
+            spearman_exact=bootstrap_mean(agreement[0][is_defined], resamples=n, generator=draw()),
+            overlap_exact=bootstrap_mean(agreement[1][is_defined], resamples=n, generator=draw()),
             n_undefined=int((~is_defined).sum()),
             minus_logit_lens=None
             if is_reference
-            else ratio_difference(deletion, reference, y_clean, **options()),
+            else ratio_difference(deletion, reference, y_clean, resamples=n, generator=draw()),
         )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import open_clip
 import torch
@@ -77,7 +78,7 @@ def load_clip(
     return Clip(
         name=name,
         model=model,
-        preprocess=preprocess,
+        preprocess=cast(Preprocess, preprocess),
         tokenizer=_tokenizer(resolved),
         weights_sha256=hash_weights(model),
     )
@@ -90,7 +91,7 @@ def build_clip(architecture: str) -> tuple[nn.Module, Preprocess, Tokenizer]:
         model, _, preprocess = open_clip.create_model_and_transforms(
             f"{LOCAL_DIR}{folder}", load_weights=False
         )
-    return model, preprocess, _tokenizer(f"{LOCAL_DIR}{folder}")
+    return model, cast(Preprocess, preprocess), _tokenizer(f"{LOCAL_DIR}{folder}")
 
 
 def architecture_folder(architecture: str) -> Path:
@@ -153,9 +154,10 @@ def _tokenizer(resolved: str) -> Tokenizer:
     # open_clip has no field for a merges file inside a local folder, only a constructor argument.
     merges = Path(resolved.removeprefix(LOCAL_DIR)) / MERGES_FILE
     has_merges = resolved.startswith(LOCAL_DIR) and merges.is_file()
-    options = {"bpe_path": str(merges)} if has_merges else {}
     with _quiet_open_clip():
-        return open_clip.get_tokenizer(resolved, **options)
+        if has_merges:
+            return open_clip.get_tokenizer(resolved, bpe_path=str(merges))
+        return open_clip.get_tokenizer(resolved)
 
 
 @contextmanager

@@ -42,7 +42,10 @@ class Tower:
                 f"the image tower pools with {visual.pool_type!r}; this version needs the class "
                 "token followed by a projection"
             )
+        assert isinstance(visual.ln_post, nn.LayerNorm), "open_clip norms are LayerNorms"
         self.visual = visual
+        self.norm: nn.LayerNorm = visual.ln_post
+        self.projection: Tensor = visual.proj
         self.n_layers = len(visual.transformer.resblocks)
         self.site = Site(self._layer_of(site), site.stream, site.tokens)
 
@@ -73,14 +76,13 @@ class Tower:
 
     def suffix(self, x: Float[Tensor, "rows model"]) -> Float[Tensor, "rows embed"]:
         """From x to the un-normalised embedding e."""
-        return self.visual.ln_post(x) @ self.visual.proj
+        return self.norm(x) @ self.projection
 
     def last_layer(self, dtype: torch.dtype = torch.float32) -> LastLayer:
         """The suffix's weights, for closed forms."""
-        norm = self.visual.ln_post
         return LastLayer(
-            norm.weight.detach().to(dtype),
-            norm.bias.detach().to(dtype),
-            norm.eps,
-            self.visual.proj.detach().to(dtype),
+            self.norm.weight.detach().to(dtype),
+            self.norm.bias.detach().to(dtype),
+            self.norm.eps,
+            self.projection.detach().to(dtype),
         )

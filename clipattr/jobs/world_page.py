@@ -224,7 +224,7 @@ def _group_rows(shortcuts: "Shortcuts") -> list[GroupRow]:
             head=entry.head,
             group=f"{'cracked' if entry.is_cracked else 'intact'}, "
             f"{'with' if entry.has_cue else 'without'} tag",
-            count=entry.count,
+            count=entry.n_images,
             accuracy=entry.accuracy,
         )
         for entry in shortcuts.groups

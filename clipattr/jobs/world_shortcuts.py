@@ -38,7 +38,7 @@ class GroupEntry(NamedTuple):
     head: str
     is_cracked: bool
     has_cue: bool
-    count: int
+    n_images: int
     accuracy: Interval
 
 

@@ -1,10 +1,12 @@
 """Train an open_clip model with open_clip's contrastive loss."""
 
 import math
+from typing import cast
 
 import lightning as L
 import torch
 from jaxtyping import Float, Int
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from open_clip.loss import ClipLoss
 from torch import Tensor, nn
 
@@ -54,9 +56,9 @@ class ClipModule(L.LightningModule):
         """Keep the logit scale in CLIP's range after every real step."""
         super().optimizer_step(*arguments, **keywords)  # pyright: ignore[reportArgumentType]
         with torch.no_grad():
-            self.model.logit_scale.clamp_(0.0, math.log(MAX_LOGIT_SCALE))
+            cast(Tensor, self.model.logit_scale).clamp_(0.0, math.log(MAX_LOGIT_SCALE))
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with the betas of CLIP."""
         groups = decay_groups(self.model.named_parameters(), self.weight_decay)
         # Not fused: Lightning refuses to clip gradients of a fused optimiser in mixed precision.

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 
 
@@ -37,7 +38,9 @@ def decay_groups(
 
 def with_schedule(
     optimizer: torch.optim.Optimizer, factor: Callable[[int], float]
-) -> dict[str, object]:
+) -> OptimizerLRSchedulerConfig:
     """What configure_optimizers returns: the schedule moves with every optimiser step."""
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    return OptimizerLRSchedulerConfig(
+        optimizer=optimizer, lr_scheduler={"scheduler": schedule, "interval": "step"}
+    )

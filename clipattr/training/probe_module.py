@@ -3,6 +3,7 @@
 import lightning as L
 import torch
 from jaxtyping import Float, Int
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -32,7 +33,7 @@ class ProbeModule(L.LightningModule):
         self.log("train/accuracy", accuracy, prog_bar=True)
         return loss
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, cosine to zero."""
         groups = decay_groups(self.probe.named_parameters(), self.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=True)

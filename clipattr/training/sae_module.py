@@ -3,6 +3,7 @@
 import lightning as L
 import torch
 from jaxtyping import Float
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from clipattr.sae.constraints import normalise_decoder_, remove_parallel_gradient_
@@ -69,7 +70,7 @@ class SaeModule(L.LightningModule):
         super().optimizer_step(*arguments, **keywords)  # pyright: ignore[reportArgumentType]
         normalise_decoder_(self.sae.W_dec)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam without weight decay."""
         optimizer = torch.optim.Adam(self.sae.parameters(), lr=self.lr, fused=True)
         return with_schedule(optimizer, warmup_hold_decay(self.warmup, self.n_steps))

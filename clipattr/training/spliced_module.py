@@ -18,15 +18,15 @@ class SplicedModule(L.LightningModule):
 
     def test_step(
         self, batch: tuple[Float[Tensor, "batch model"], Int[Tensor, " batch"]], batch_idx: int
-    ) -> Readout:
+    ) -> dict[str, Readout]:
         """What every callback takes."""
         x, rows = batch
-        return self.spliced.read(x, rows)
+        return {"readout": self.spliced.read(x, rows)}
 
 
 def rows_loader(
     x: Float[Tensor, "row model"], *, batch_size: int, rank: int = 0, world_size: int = 1
-) -> DataLoader[tuple[Tensor, Tensor]]:
+) -> DataLoader[tuple[Tensor, ...]]:
     """Every row exactly once over all ranks, in order, with its number; no padding."""
     rows = torch.arange(rank, len(x), world_size)
     dataset = torch.utils.data.TensorDataset(x[rows], rows)

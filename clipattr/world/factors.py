@@ -85,4 +85,4 @@ class Scene:
     def to_json(self) -> dict[str, object]:
         """All factors, with the noun and one flag per sticker."""
         flags = {f"has_{sticker.name}": sticker.name in self.stickers for sticker in Sticker}
-        return asdict(self) | {"noun": self.noun} | flags
+        return {**asdict(self), "noun": self.noun, **flags}

@@ -41,7 +41,10 @@ def write_split(
     drawn with the same arguments. Otherwise they are drawn anew.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    drawn_with: dict[str, object] = {"split": split.name, "seed": seed, "n_images": n_images} | {
+    drawn_with: dict[str, object] = {
+        "split": split.name,
+        "seed": seed,
+        "n_images": n_images,
         "shard_size": shard_size,
         "drawing": DRAWING_VERSION,
     }
