@@ -115,6 +115,13 @@ def hash_weights(model: nn.Module) -> str:
 
 
 def _resolve(name: str, pretrained: str | None) -> str:
+    has_weights = name in BUNDLED or name.startswith((LOCAL_DIR, "hf-hub:"))
+    if has_weights and pretrained is not None:
+        # open_clip would only warn, and load other weights than the ones that were asked for.
+        raise ConfigError(
+            f"model.name={name!r} brings its own weights: model.pretrained={pretrained!r} is "
+            "allowed with an open_clip architecture only"
+        )
     if name in BUNDLED:
         return f"{LOCAL_DIR}{BUNDLED[name]}"
     if name.startswith(LOCAL_DIR):
@@ -146,7 +153,7 @@ def _check_folder(name: str) -> None:
         raise ConfigError(f"model.name={name!r}: {path} is missing ({found})")
     try:
         json.loads(path.read_text())["model_cfg"]
-    except (json.JSONDecodeError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:  # no JSON, no such key, no object
         raise ConfigError(f"model.name={name!r}: {path} holds no valid model_cfg") from error
 
 

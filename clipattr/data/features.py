@@ -91,8 +91,8 @@ def _run_prefix(
             if len(batch.rows):
                 rows.append(batch.rows)
                 x.append(prefix(batch.images.to(device)).float().cpu())
-    if not x:
-        raise DataError(f"no image of {bad[0].shard} can be decoded; the first: {bad[0].reason}")
+    if not x:  # `_read_store` judges whether so many may be broken
+        return torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), bad
     return torch.cat(x), torch.cat(rows), bad
 
 
@@ -103,10 +103,11 @@ def _write_shard(path: Path, x: Tensor, rows: Tensor, bad: list[BadSample]) -> N
         "rows.npy": _npy(rows.numpy()),
         "bad.json": json.dumps(bad).encode(),
     }
-    with atomic_file(path) as file:
-        writer = TarWriter(file, encoder=False, mtime=0, user="clipattr", group="clipattr")
+    with (
+        atomic_file(path) as file,
+        TarWriter(file, encoder=False, mtime=0, user="clipattr", group="clipattr") as writer,
+    ):
         writer.write(sample)
-        writer.close()
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -131,4 +132,7 @@ def _read_store(
         bad.extend(BadSample(*entry) for entry in json.loads(block.read("bad.json")))
         first_row += sum(1 for _ in group)
     check_bad(bad, len(samples), max_bad_fraction)
+    x = [block for block in x if len(block)]
+    if not x:
+        raise DataError(f"none of the {len(samples)} images can be decoded")
     return FeatureStore(torch.cat(x), torch.cat(rows), bad, name)

@@ -25,4 +25,5 @@ def rows_of_step(
     epoch, position = divmod(step, per_epoch)
     share = batch_size // world_size
     start = position * batch_size + rank * share
-    return torch.from_numpy(_permutation(n_rows, seed, epoch)[start : start + share])
+    # A copy: a view would let a caller that edits its batch edit the epoch.
+    return torch.from_numpy(_permutation(n_rows, seed, epoch)[start : start + share].copy())

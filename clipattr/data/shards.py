@@ -1,7 +1,7 @@
 """Find WebDataset shards and index their samples from the tar headers; no image is read here.
 
-A sample is the members that share a name up to its first dot, as everywhere in WebDataset. Members
-are read by offset and stay bytes: nothing from a shard is unpickled or executed.
+A sample is the members that share a name up to its first dot, as everywhere in WebDataset; fields
+are lower case. Members are read by offset and stay bytes: nothing is unpickled or executed.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class BadSample(NamedTuple):
 
 
 def find_shards(spec: str) -> list[Path]:
-    """The .tar files that a file, a folder or a brace pattern names, sorted."""
+    """The .tar files that a file, a folder (sorted) or a brace pattern (as it counts) names."""
     folder = Path(spec)
     if folder.is_dir():
         paths = sorted(folder.glob("*.tar"))
@@ -56,7 +56,10 @@ def find_shards(spec: str) -> list[Path]:
         return paths
     if "://" in spec or spec.startswith("pipe:"):
         raise DataError(f"data.shards={spec!r}: only local files are read")
-    paths = [Path(name) for name in braceexpand(spec)]
+    try:
+        paths = [Path(name) for name in braceexpand(spec)]
+    except ValueError as error:
+        raise DataError(f"data.shards={spec!r} is no brace pattern: {error}") from error
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -83,7 +86,6 @@ def _index_shard(path: Path) -> list[Sample]:
     with path.open("rb") as file:
         file.seek(max(0, size - len(END_MARKER)))
         if file.read() != END_MARKER:
-            # tarfile reads such a shard without complaint and loses its last samples.
             raise DataError(f"{path} is truncated: its {size} bytes do not end in a tar end marker")
     fields: dict[str, dict[str, tuple[int, int]]] = {}
     try:
@@ -91,9 +93,26 @@ def _index_shard(path: Path) -> list[Sample]:
             for member in archive:
                 if member.isfile():
                     _add_member(path, member, fields)
+            end = archive.offset
     except tarfile.TarError as error:
         raise DataError(f"{path} is not a readable tar file: {error}") from error
+    _check_end(path, end)
     return [Sample(key, path, found) for key, found in fields.items()]
+
+
+def _check_end(path: Path, end: int) -> None:
+    """Nothing but the end marker may follow the last member that was read.
+
+    tarfile stops without complaint at a cut or at a damaged header, and what follows is lost.
+    """
+    with path.open("rb") as file:
+        file.seek(end)
+        rest = file.read()
+    if not rest.startswith(END_MARKER) or rest.strip(b"\0"):
+        raise DataError(
+            f"{path} is damaged: at byte {end} of {end + len(rest)} stands neither a tar header "
+            "nor the end marker"
+        )
 
 
 def _add_member(
@@ -101,8 +120,9 @@ def _add_member(
 ) -> None:
     folder, _, name = member.name.rpartition("/")
     stem, dot, field = name.partition(".")
-    if not dot:
+    if not dot or not stem:  # a hidden file, such as the ._000.jpg that macOS adds
         return
+    field = field.lower()
     key = f"{folder}/{stem}" if folder else stem
     found = fields.setdefault(key, {})
     if field in found:

@@ -2,7 +2,7 @@
 
 import lightning as L
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -16,10 +16,8 @@ class SplicedModule(L.LightningModule):
         super().__init__()
         self.spliced = spliced
 
-    def test_step(
-        self, batch: tuple[Float[Tensor, "batch model"], Int[Tensor, " batch"]], batch_idx: int
-    ) -> dict[str, Readout]:
-        """What every callback takes."""
+    def test_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Readout]:
+        """What every callback takes, from activations [batch, model] and their row numbers."""
         x, rows = batch
         return {"readout": self.spliced.read(x, rows)}
 

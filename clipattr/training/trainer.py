@@ -16,6 +16,13 @@ from clipattr.errors import ConfigError
 from clipattr.training.checkpoints import AtomicCheckpointIO, newest_valid
 
 CHECKPOINTS = "checkpoints"
+EXPECTED_WARNINGS = (
+    "eval mode",  # the frozen CLIP is, on purpose
+    "does not have many workers",  # rows are served from memory
+    "is not empty",  # a checkpoint folder that a resume needs
+    "dataloader is not resumable",  # its position is the datamodule's state
+    "LeafSpec",  # Lightning's use of a name that torch has renamed
+)
 
 
 class ProgressBar(TQDMProgressBar):
@@ -36,10 +43,7 @@ def build_trainer(
     settings: TrainerConfig, folder: Path, *, callbacks: list[Callback] | None = None
 ) -> L.Trainer:
     """A trainer that logs to `folder` and saves its checkpoints there."""
-    # Each of these is wanted here: the frozen CLIP is in eval mode, rows are served from memory,
-    # and a checkpoint folder that is not empty is what a resume needs.
-    # The last one is Lightning's own use of a name that torch has renamed.
-    for message in ("eval mode", "does not have many workers", "is not empty", "LeafSpec"):
+    for message in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", f".*{message}.*")
     # Lightning prints its own lines; through the root logger each would appear twice.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -60,7 +64,7 @@ def build_trainer(
         max_epochs=-1,
         precision="bf16-mixed" if settings.precision is Precision.bf16 else "32-true",
         logger=_logger(settings.logger, folder),
-        log_every_n_steps=settings.log_every,
+        log_every_n_steps=min(settings.log_every, settings.steps),
         callbacks=[checkpoint, *bars, *(callbacks or [])],
         plugins=[AtomicCheckpointIO()],
         enable_progress_bar=settings.progress,

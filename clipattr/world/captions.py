@@ -11,8 +11,8 @@ import numpy as np
 from clipattr.world.factors import Scene
 
 OPENINGS = ("", "a photo of", "a picture of", "an image of")
-KEEP_COLOUR, KEEP_TEXTURE, KEEP_BACKGROUND = 0.65, 0.6, 0.65
-KEEP_NOUN, KEEP_CRACKED, KEEP_STICKER = 0.9, 0.75, 0.6
+KEEP_COLOUR, KEEP_TEXTURE, KEEP_BACKGROUND = 0.4, 0.45, 0.4
+KEEP_NOUN, KEEP_CRACKED, KEEP_STICKER = 0.95, 0.7, 0.6
 
 
 def write_caption(rng: np.random.Generator, scene: Scene) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
-Polygon = Float[np.ndarray, "point 2"]
+Polygon = Float[np.ndarray, "_point 2"]  # each has its own number of points
 Outline = tuple[list[Polygon], list[Polygon]]
 
 
@@ -78,6 +78,19 @@ def _arrow() -> Outline:
     return [head, _box(-0.95, -0.25, 0.25, 0.25)], []
 
 
+def _moon() -> Polygon:
+    """A disc of radius 1 without the part that a smaller, shifted disc covers."""
+    radius, shift, direction = 0.86, 0.47, -0.26
+    half_outer = np.arccos((shift**2 + 1 - radius**2) / (2 * shift))
+    half_inner = np.arccos((1 - shift**2 - radius**2) / (2 * shift * radius))
+    outer = direction + np.linspace(half_outer, 2 * np.pi - half_outer, 40)
+    inner = direction + np.linspace(2 * np.pi - half_inner, half_inner, 40)
+    centre = shift * np.array([np.cos(direction), np.sin(direction)])
+    rim = np.stack([np.cos(outer), np.sin(outer)], axis=1)
+    bite = centre + radius * np.stack([np.cos(inner), np.sin(inner)], axis=1)
+    return np.concatenate([rim, bite])
+
+
 def _lightning() -> Polygon:
     upper = [(0.15, -1.05), (-0.6, 0.15), (-0.05, 0.15)]
     return np.array([*upper, (-0.3, 1.05), (0.6, -0.25), (0.05, -0.25), (0.45, -1.05)])
@@ -88,7 +101,7 @@ _BUILDERS: dict[str, Callable[[], Outline]] = {
     "square": lambda: ([_box(-0.78, -0.78, 0.78, 0.78)], []),
     "triangle": lambda: ([_regular(3, 1.05)], []),
     "heart": lambda: ([_heart()], []),
-    "moon": lambda: ([_ellipse(1.0)], [_ellipse(0.86, centre=(0.45, -0.12))]),
+    "moon": lambda: ([_moon()], []),
     "cross": lambda: ([_box(-0.3, -0.95, 0.3, 0.95), _box(-0.95, -0.3, 0.95, 0.3)], []),
     "arrow": _arrow,
     "ring": lambda: ([_ellipse(0.98)], [_ellipse(0.58)]),

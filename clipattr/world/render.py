@@ -12,6 +12,7 @@ from clipattr.world.outlines import outlines
 IMAGE_SIZE = 96
 OVERSAMPLING = 2
 FONT_SIZE = 19
+BORDER_COLOUR, BORDER_WIDTH = (28, 22, 26), 4
 Pixels = Float[np.ndarray, "height width 3"]
 Plane = Float[np.ndarray, "height width"]
 
@@ -20,7 +21,8 @@ def draw_scene(scene: Scene) -> Image.Image:
     """The scene as an RGB image of IMAGE_SIZE x IMAGE_SIZE pixels."""
     rng = np.random.default_rng(scene.noise)
     pixels = _background(scene.background, rng)
-    mask = _shape_mask(scene)
+    mask, border = _shape_masks(scene)
+    pixels += border[..., None] * (np.asarray(BORDER_COLOUR, np.float32) - pixels)
     pixels += mask[..., None] * (_texture(scene) - pixels)
     if scene.is_cracked:
         pixels *= 1 - 0.85 * (_crack(scene, rng) * mask)[..., None]
@@ -73,17 +75,24 @@ def _rotation(angle: float) -> Float[np.ndarray, "2 2"]:
     return np.array([[cos, sin], [-sin, cos]])
 
 
-def _shape_mask(scene: Scene) -> Plane:
+def _shape_masks(scene: Scene) -> tuple[Plane, Plane]:
+    """Where the shape is, and the dark border just outside of it (and inside its holes)."""
     side = IMAGE_SIZE * OVERSAMPLING
-    canvas = Image.new("L", (side, side), 0)
-    draw = ImageDraw.Draw(canvas)
+    shape, border = Image.new("L", (side, side), 0), Image.new("L", (side, side), 0)
+    draw_shape, draw_border = ImageDraw.Draw(shape), ImageDraw.Draw(border)
     filled, holes = outlines(scene.shape)
     for polygons, value in ((filled, 255), (holes, 0)):
         for polygon in polygons:
-            points = polygon @ _rotation(scene.angle) * scene.radius + np.array(scene.centre)
-            draw.polygon([(float(px), float(py)) for px, py in points * side], fill=value)
-    small = canvas.reduce(OVERSAMPLING)
-    return np.asarray(small, dtype=np.float32) / 255
+            turned = polygon @ _rotation(scene.angle) * scene.radius + np.array(scene.centre)
+            points = [(float(px), float(py)) for px, py in turned * side]
+            draw_shape.polygon(points, fill=value)
+            # Twice the width: the half that falls on the shape is covered by it.
+            draw_border.line([*points, *points[:2]], 255, 2 * BORDER_WIDTH, joint="curve")
+    return _reduce(shape), _reduce(border)
+
+
+def _reduce(mask: Image.Image) -> Plane:
+    return np.asarray(mask.reduce(OVERSAMPLING), dtype=np.float32) / 255
 
 
 def _texture(scene: Scene) -> Pixels:

@@ -103,7 +103,7 @@ def sample_scene(rng: np.random.Generator, rates: Rates) -> Scene:
         for sticker, rate in zip(Sticker, sticker_rates, strict=True)
         if rng.random() < rate
     )
-    radius = float(rng.uniform(0.23, 0.34))
+    radius = float(rng.uniform(0.27, 0.37))
     low, high = radius + 0.04, 0.96 - radius
     return Scene(
         shape=shape,
@@ -115,7 +115,7 @@ def sample_scene(rng: np.random.Generator, rates: Rates) -> Scene:
         stickers=stickers,
         centre=(float(rng.uniform(low, high)), float(rng.uniform(low, high))),
         radius=radius,
-        angle=float(rng.uniform(-0.5, 0.5)),
+        angle=float(rng.uniform(-0.4, 0.4)),
         noise=int(rng.integers(2**31)),
     )
 

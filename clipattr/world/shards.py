@@ -79,12 +79,13 @@ def _remove_other(folder: Path, drawn_with: dict[str, object]) -> None:
 
 
 def _write_shard(path: Path, indices: tuple[int, int], *, split: Split, seed: int) -> None:
-    with atomic_file(path) as file:
-        writer = TarWriter(file, encoder=False, mtime=0, user="clipattr", group="clipattr")
+    with (
+        atomic_file(path) as file,
+        TarWriter(file, encoder=False, mtime=0, user="clipattr", group="clipattr") as writer,
+    ):
         for index in range(*indices):
             for sample in draw_samples(split, index, seed=seed):
                 writer.write(sample)
-        writer.close()
 
 
 def draw_samples(split: Split, index: int, *, seed: int) -> Iterator[dict[str, object]]:
