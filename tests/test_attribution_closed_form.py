@@ -52,7 +52,7 @@ def autograd_attribution(head: LastLayerHead, activations: Activations, targets:
         return normed @ head.projection
 
     bias = torch.zeros(CLASSES, dtype=torch.float64)
-    return attribution_patching(HeadScore(suffix, head.weights, bias, targets), *activations)
+    return attribution_patching(HeadScore(suffix, head.weights, targets, bias), *activations)
 
 
 def test_closed_form_equals_autograd(head: LastLayerHead, activations: Activations):

@@ -43,7 +43,7 @@ def build_case(*site: int) -> Case:
         x = codes.decode(W_dec) + torch.randn(BATCH, *site, MODEL, dtype=torch.float64)
         weights = torch.randn(3, EMBED, dtype=torch.float64)
         tower = PooledTower().double().requires_grad_(False)
-        score = HeadScore(tower, weights, torch.rand(3).double(), torch.tensor([0, 2, 1, 2]))
+        score = HeadScore(tower, weights, torch.tensor([0, 2, 1, 2]), torch.rand(3).double())
         return score, x, codes, W_dec
 
 

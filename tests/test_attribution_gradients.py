@@ -51,7 +51,7 @@ def build_case(*site: int, tower: nn.Module | None = None) -> Case:
     weights = torch.randn(CLASSES, EMBED, generator=generator, dtype=torch.float64)
     bias = torch.randn(CLASSES, generator=generator, dtype=torch.float64)
     targets = torch.tensor([2, 0, 5, 2, 1])
-    score = HeadScore(tower or build_tower(), weights, bias, targets)
+    score = HeadScore(tower or build_tower(), weights, targets, bias)
     return Case(score, rest + codes.decode(W_dec), codes, W_dec)
 
 
@@ -147,7 +147,7 @@ def test_gradients_work_under_no_grad_and_leave_nothing_behind():
 def test_gradient_of_an_image_does_not_depend_on_the_batch_size():
     case = build_case()
     alone = HeadScore(
-        case.score.suffix, case.score.weights, case.score.bias, case.score.targets[:1]
+        case.score.suffix, case.score.weights, case.score.targets[:1], case.score.bias
     )
     torch.testing.assert_close(
         score_gradient(alone, case.x[:1]), score_gradient(case.score, case.x)[:1]

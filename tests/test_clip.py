@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import open_clip
@@ -34,7 +35,7 @@ MODEL = {"embed_dim": 16, "vision_cfg": VISION, "text_cfg": TEXT}
 PREPROCESS = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
 
 
-def write_model(folder: Path, model_cfg: dict[str, object]) -> Path:
+def write_model(folder: Path, model_cfg: Mapping[str, object]) -> Path:
     """A folder with a config, merges and random weights; none is the identity by accident."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(BUNDLED["planted-world"] / MERGES_FILE, folder / MERGES_FILE)
@@ -126,7 +127,9 @@ def test_unknown_name_names_the_nearest():
 
 
 def test_architecture_without_weights_names_the_tags():
-    with pytest.raises(ConfigError, match=r"'ViT-B-32' needs model.pretrained: .*laion2b_s34b_b79k"):
+    with pytest.raises(
+        ConfigError, match=r"'ViT-B-32' needs model.pretrained: .*laion2b_s34b_b79k"
+    ):
         load_clip("ViT-B-32")
 
 
@@ -138,8 +141,11 @@ def test_weight_tag_beside_a_name_with_weights_is_refused(name: str):
 
 
 def test_missing_folder(tmp_path: Path):
-    with pytest.raises(ConfigError, match=rf"{tmp_path}/none/{CONFIG_FILE} is missing \(the folder "
-                       r"does not exist\)"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"{tmp_path}/none/{CONFIG_FILE} is missing \(the folder "
+        r"does not exist\)",
+    ):
         load_clip(f"local-dir:{tmp_path}/none")
 
 

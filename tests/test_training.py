@@ -1,4 +1,4 @@
-"""Lightning glue: exact resume, checkpoints that survive, schedules, and hooks at the right place."""
+"""Lightning glue: exact resume, checkpoints that survive, schedules, hooks at the right place."""
 
 import math
 
@@ -24,7 +24,7 @@ from tests.tiny import save_tiny_clip
 N_STEPS = 24
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for kill -9: nothing of the run's own code handles it."""
 
 
@@ -34,7 +34,7 @@ class KillAt(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if trainer.global_step == self.step:
-            raise Killed
+            raise KilledError
 
 
 def settings(**changes) -> TrainerConfig:
@@ -62,7 +62,7 @@ def sae_run(folder, *, seed=0, kill_at=None) -> dict[str, torch.Tensor]:
 
 def test_resumed_run_ends_with_the_same_bits(tmp_path):
     whole = sae_run(tmp_path / "whole")
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         sae_run(tmp_path / "killed", kill_at=13)
     assert newest_valid(tmp_path / "killed" / "checkpoints").name == "step=10.ckpt"
     resumed = sae_run(tmp_path / "killed")
@@ -72,7 +72,7 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path):
 
 
 def test_resume_refuses_another_order(tmp_path):
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         sae_run(tmp_path, kill_at=13)
     with pytest.raises(CheckpointError, match="seed was 0 and is 1"):
         sae_run(tmp_path, seed=1)

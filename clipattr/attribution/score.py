@@ -33,14 +33,14 @@ class HeadScore:
     """Score of a linear head on the normalised embedding: y = <e / |e|, w_c> + b_c, e = suffix(x).
 
     `targets` is the class c each image is explained for. With text embeddings as rows of `weights`
-    and bias 0 this is the cosine of zero-shot classification, with the weight and bias of a linear
+    and no bias this is the cosine of zero-shot classification, with the weight and bias of a linear
     probe its logit.
     """
 
     suffix: Callable[[Tensor], Tensor]
     weights: Float[Tensor, "class embed"]
-    bias: Float[Tensor, " class"]
     targets: Int[Tensor, " batch"]
+    bias: Float[Tensor, " class"] | None = None
 
     def __call__(
         self, x: Float[Tensor, "rows *site model"], images: Int[Tensor, " rows"]
@@ -48,7 +48,8 @@ class HeadScore:
         """Score every row for the target of its image."""
         unit = torch.nn.functional.normalize(self.suffix(x), dim=-1)
         target = self.targets[images]
-        return (unit * self.weights[target]).sum(dim=-1) + self.bias[target]
+        score = (unit * self.weights[target]).sum(dim=-1)
+        return score if self.bias is None else score + self.bias[target]
 
 
 def clean_scores(score: Score, x: Float[Tensor, "batch *site model"]) -> Float[Tensor, " batch"]:

@@ -99,7 +99,6 @@ class FaithfulnessCallback(ReadoutCallback):
         score = HeadScore(
             self.spliced.tower.suffix,
             self.weights,
-            self.weights.new_zeros(len(self.weights)),
             # One row per image of this batch: `images` counts within the batch.
             self.targets[rows],
         )

@@ -69,11 +69,16 @@ def cache_features(
     groups = [list(group) for _, group in groupby(samples, key=lambda sample: sample.shard)]
     paths = [store / f"{number:06d}.tar" for number in range(len(groups))]
     missing = [pair for pair in zip(paths, groups, strict=True) if not pair[0].exists()]
+    bad: list[BadSample] = []
     for path, group in tqdm(
         missing, desc="activations", unit="shard", disable=not progress or not missing
     ):
         loader = image_loader(group, preprocess, batch_size=batch_size, workers=workers)
-        _write_shard(path, *_run_prefix(loader, prefix, device))
+        x, rows, found = _run_prefix(loader, prefix, device)
+        bad += found
+        # Before the shard is kept: images that stop the run will be repaired and read again.
+        check_bad(bad, len(samples), max_bad_fraction)
+        _write_shard(path, x, rows, found)
     return _read_store(samples, paths, name, max_bad_fraction)
 
 

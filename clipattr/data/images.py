@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -43,7 +43,10 @@ class ImageDataset(Dataset[tuple[int, Tensor | BadSample]]):
             with Image.open(io.BytesIO(sample.read(name))) as image:
                 return row, self.preprocess(image.convert("RGB"))
         except DECODE_ERRORS as error:
-            reason = f"{name} cannot be decoded: {error}"
+            # PIL would name its file, which is an address in memory here.
+            is_unknown = isinstance(error, UnidentifiedImageError)
+            found = "no known image format" if is_unknown else error
+            reason = f"{name} cannot be decoded: {found}"
             return row, BadSample(str(sample.shard), sample.key, reason)
 
 

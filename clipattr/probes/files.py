@@ -36,20 +36,21 @@ _RECORD_FIELDS = tuple(each.name for each in fields(ProbeRecord))
 _FIELDS = frozenset({"architecture", "feature", "d_in", *_RECORD_FIELDS})
 
 
-def save_probe(probe: LinearProbe, folder: Path, record: ProbeRecord) -> None:
+def save_probe(probe: LinearProbe, folder: Path | str, record: ProbeRecord) -> None:
     """Write folder/probe.safetensors and folder/probe.json, each atomically."""
     n_classes, d_in = probe.weight.shape
     check_field(
-        folder / f"{_STEM}.json", "number of class names", len(record.class_names), n_classes
+        Path(folder) / f"{_STEM}.json", "number of class names", len(record.class_names), n_classes
     )
     description = {"architecture": _ARCHITECTURE, "feature": _FEATURE, "d_in": d_in}
-    save_weights(folder, _STEM, probe.state_dict(), {**description, **asdict(record)})
+    save_weights(Path(folder), _STEM, probe.state_dict(), {**description, **asdict(record)})
 
 
 def load_probe(
-    folder: Path, expected_model: Mapping[str, str] | None = None
+    folder: Path | str, expected_model: Mapping[str, str] | None = None
 ) -> tuple[LinearProbe, ProbeRecord]:
     """Read a probe onto the CPU; anything missing, unexpected or of another model is refused."""
+    folder = Path(folder)
     path = folder / f"{_STEM}.json"
     tensors, found = load_weights(folder, _STEM, _FIELDS)
     check_field(path, "architecture", found["architecture"], _ARCHITECTURE)

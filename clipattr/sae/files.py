@@ -47,19 +47,20 @@ _RECORD_FIELDS = tuple(each.name for each in fields(SaeRecord))
 _FIELDS = frozenset({"architecture", "normalisation", *_SIZES, *_RECORD_FIELDS})
 
 
-def save_sae(sae: TopKSae, folder: Path, record: SaeRecord) -> None:
+def save_sae(sae: TopKSae, folder: Path | str, record: SaeRecord) -> None:
     """Write folder/sae.safetensors and folder/sae.json, each atomically."""
     sizes = {name: getattr(sae, name) for name in _SIZES}
     description = {"architecture": _ARCHITECTURE, **sizes, "normalisation": _NORMALISATION}
-    save_weights(folder, _STEM, sae.state_dict(), {**description, **asdict(record)})
+    save_weights(Path(folder), _STEM, sae.state_dict(), {**description, **asdict(record)})
 
 
 def load_sae(
-    folder: Path,
+    folder: Path | str,
     expected_site: Mapping[str, str | int] | None = None,
     expected_model: Mapping[str, str] | None = None,
 ) -> tuple[TopKSae, SaeRecord]:
     """Read an SAE onto the CPU; anything missing, unexpected or of another origin is refused."""
+    folder = Path(folder)
     path = folder / f"{_STEM}.json"
     tensors, found = load_weights(folder, _STEM, _FIELDS)
     check_field(path, "architecture", found["architecture"], _ARCHITECTURE)

@@ -1,0 +1,238 @@
+"""The demo's commands on a small world, through the real mains: contract, restart, refusals."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from clipattr.config.schema import EVALUATE_JOBS, TRAIN_JOBS
+from clipattr.main import run_script
+from tests.tiny import save_tiny_clip
+
+ROOT = Path(__file__).parents[1]
+DEMO = ROOT / "configs" / "demo"
+INTERVAL = {"mean", "low", "high"}
+METHODS = {
+    "attribution_patching",
+    "integrated_gradients",
+    "act_times_logit_lens",
+    "logit_lens",
+    "energy",
+    "random",
+    "exact",
+}
+
+
+class Demo:
+    """The demo in a folder of its own, small enough for a test."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.runs = folder / "runs"
+        self.model = save_tiny_clip(folder / "tiny")
+
+    def options(self, name: str) -> list[str]:
+        world, runs = self.runs / "world", f"runs={self.runs}"
+        read = [f"model.name={self.model}", "data.workers=0", f"data.cache={self.runs / 'cache'}"]
+        read += ["trainer.accelerator=cpu", "trainer.progress=false"]
+        small = {
+            "world": [
+                *(f"world.{split}=60" for split in ("train", "val", "test")),
+                *(f"world.{split}=120" for split in ("task_train", "task_test")),
+                *("world.task_pairs=12", "world.shard_size=30", "world.workers=1"),
+                f"world.out={world}",
+            ],
+            "sae": [
+                *(f"data.shards={world}/train", f"held_out={world}/val", *read),
+                *("sae.n_latents=48", "sae.k=6", "sae.batch_size=32"),
+                *("trainer.steps=30", "trainer.checkpoint_every=10"),
+            ],
+            "probe": [
+                *(f"data.shards={world}/task_train", *read),
+                *("trainer.steps=10", "probe.batch_size=32"),
+            ],
+            "evaluate": [
+                *(f"world={world}", f"data.shards={world}/test", *read),
+                *(f"sae={self.runs}/demo/sae", f"probe={self.runs}/demo/probe"),
+                *("evaluation.images=20", "evaluation.resamples=50", "evaluation.ig_steps=32"),
+            ],
+            "zeroshot": [f"data.shards={world}/val", *read],
+        }
+        return [str(DEMO / f"{name}.yaml"), runs, *small[name]]
+
+    def arguments(self, name: str, *overrides: str) -> list[str]:
+        """The small demo's options, an override in place of the option it changes."""
+        changed = {override.split("=")[0] for override in overrides}
+        kept = [option for option in self.options(name) if option.split("=")[0] not in changed]
+        return [*kept, *overrides]
+
+    def run(self, name: str, *overrides: str) -> int:
+        is_train = name in ("world", "sae", "probe")
+        script, jobs = ("train.py", TRAIN_JOBS) if is_train else ("evaluate.py", EVALUATE_JOBS)
+        return run_script(script, jobs, self.arguments(name, *overrides))
+
+    def read(self, run: str, name: str) -> dict:
+        return json.loads((self.runs / "demo" / run / name).read_text())
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory) -> Demo:
+    made = Demo(tmp_path_factory.mktemp("demo"))
+    for name in ("world", "sae", "probe", "evaluate"):
+        assert made.run(name) == 0
+    return made
+
+
+def test_metrics_keep_the_contract(demo):
+    metrics = demo.read("evaluation", "metrics.json")
+    assert metrics["faithfulness"].keys() == METHODS
+    for method, row in metrics["faithfulness"].items():
+        for number in ("deletion_auc", "insertion_auc", "spearman_exact", "overlap_exact"):
+            assert row[number].keys() == INTERVAL
+        if method != "logit_lens":
+            assert row["minus_logit_lens"]["deletion_auc"].keys() == INTERVAL
+    assert metrics["sae"].keys() >= {"fvu", "l0", "dead_fraction"}
+    assert metrics["probe"].keys() >= {"accuracy", "worst_group_accuracy"}
+    assert metrics["shortcut"].keys() == {"tag", "seal"}
+    for row in metrics["shortcut"].values():
+        for number in ("effect_text", "effect_probe", "amplification"):
+            assert row[number].keys() == INTERVAL
+    assert len(metrics["scorecard"]) == 11
+    for row in metrics["scorecard"].values():
+        assert row.keys() >= {"rank_attribution", "rank_logit_lens", "auroc"}
+        assert 1 <= row["rank_attribution"] <= 48
+        assert 1 <= row["rank_logit_lens"] <= 48
+
+
+def test_numbers_that_must_hold_for_any_model(demo):
+    metrics = demo.read("evaluation", "metrics.json")
+    assert metrics["splice"]["max_error"] < 1e-5
+    assert metrics["completeness_gap"] < 0.01
+    assert metrics["faithfulness"]["exact"]["spearman_exact"]["mean"] == pytest.approx(1)
+    assert metrics["faithfulness"]["attribution_patching"]["spearman_exact"]["mean"] > 0.9
+    # The SAE's final metrics come from other rows (val) than the evaluation's (test).
+    assert demo.read("sae", "metrics.json")["sae"]["n_rows"] == 60
+
+
+def test_run_folders_record_what_was_run(demo):
+    for run in ("world", "sae", "probe", "evaluation"):
+        manifest = demo.read(run, "manifest.json")
+        assert manifest["finished"] is True
+        assert manifest["seed"] == 0
+        assert manifest["data"]
+        assert manifest["versions"]["torch"]
+        assert (demo.runs / "demo" / run / "config.yaml").read_text().startswith("job: ")
+    record = demo.read("sae", "sae.json")
+    assert record["site"] == {"layer": 1, "stream": "residual", "tokens": "cls"}
+    assert record["data_fingerprint"] == demo.read("sae", "manifest.json")["data"]
+
+
+def test_page_shows_the_numbers(demo):
+    page = (demo.runs / "demo" / "evaluation" / "report" / "index.html").read_text()
+    metrics = demo.read("evaluation", "metrics.json")
+    assert f"{metrics['sae']['fvu']:.3f}" in page
+    for failure in metrics["scorecard"]:
+        assert failure in page
+
+
+def test_second_run_is_skipped(demo, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    monkeypatch.setattr("clipattr.jobs.train_sae.load_frozen", None)
+    assert demo.run("sae") == 0
+    assert "is finished" in caplog.text
+    assert demo.run("evaluate") == 0
+    assert "polysemous_word_lightning" in caplog.text
+
+
+def test_clip_runs_once_per_image(demo, monkeypatch):
+    def forbidden(*_):
+        raise AssertionError("the prefix ran although its activations are cached")
+
+    monkeypatch.setattr("clipattr.clip.tower.Tower.prefix", forbidden)
+    assert demo.run("sae", "name=demo/sae-again", "sae.k=5") == 0
+
+
+def test_same_seed_gives_the_same_sae(demo):
+    # Another folder name, so nothing is skipped and nothing resumed.
+    assert demo.run("sae", "name=demo/sae-twin") == 0
+    weights = [demo.runs / "demo" / run / "sae.safetensors" for run in ("sae", "sae-twin")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_zeroshot_is_a_share_of_images(demo):
+    assert demo.run("zeroshot") == 0
+    for row in demo.read("zeroshot", "metrics.json")["zeroshot"].values():
+        assert (60 * row["accuracy"]) == pytest.approx(round(60 * row["accuracy"]))
+
+
+def message_of(demo: Demo, capsys, name: str, *overrides: str) -> str:
+    assert demo.run(name, *overrides) == 2
+    return capsys.readouterr().err
+
+
+def test_sae_of_another_model_is_refused(demo, capsys):
+    other = save_tiny_clip(demo.folder / "other", seed=1)
+    message = message_of(demo, capsys, "evaluate", f"model.name={other}", "name=demo/other")
+    assert "checkpoint error" in message
+    assert "sae.json" in message
+    assert "belongs to model" in message
+
+
+def test_sae_of_another_site_is_refused(demo, capsys):
+    folder = demo.folder / "moved"
+    shutil.copytree(demo.runs / "demo" / "sae", folder)
+    record = json.loads((folder / "sae.json").read_text())
+    record["site"]["layer"] = 0
+    (folder / "sae.json").write_text(json.dumps(record))
+    message = message_of(demo, capsys, "evaluate", f"sae={folder}", "name=demo/moved")
+    assert "checkpoint error" in message
+    assert "site" in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model.name=local-dir:missing"], "does not exist"),
+        (["model.name=ViT-B-99"], "nearest: "),
+        (["data.shards=nowhere.tar"], "nowhere.tar does not exist"),
+        (["site.layer=0"], "after the last block only"),
+        (["sae.k=49"], "larger than sae.n_latents"),
+        (["sae.batch_size=1000"], "the shards hold 60 rows"),
+    ],
+)
+def test_wrong_settings_say_what_is_wrong(demo, capsys, overrides, expected):
+    message = message_of(demo, capsys, "sae", "name=demo/wrong", *overrides)
+    assert expected in message
+    assert "Traceback" not in message
+
+
+def test_missing_sae_is_named(demo, capsys):
+    message = message_of(demo, capsys, "evaluate", "sae=runs/nothing", "name=demo/nothing")
+    assert "sae.json" in message
+
+
+def start(demo: Demo, name: str, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, "train.py", *demo.arguments(name, *overrides)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def test_killed_run_goes_on_and_ends_with_the_same_bits(demo):
+    name = "name=demo/killed"
+    steps = ["trainer.steps=600", "trainer.checkpoint_every=20"]
+    checkpoints = demo.runs / "demo" / "killed" / "checkpoints"
+    process = start(demo, "sae", name, *steps)
+    deadline = time.monotonic() + 120
+    while not list(checkpoints.glob("*.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (demo.runs / "demo" / "killed" / "sae.json").exists()
+    assert demo.run("sae", name, *steps) == 0
+    assert demo.run("sae", "name=demo/whole", *steps) == 0
+    killed, whole = (demo.runs / "demo" / run / "sae.safetensors" for run in ("killed", "whole"))
+    assert killed.read_bytes() == whole.read_bytes()
