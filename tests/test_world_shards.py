@@ -3,7 +3,8 @@ import io
 import json
 import tarfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -20,27 +21,8 @@ from clipattr.world.sampling import RATES_OF_SPLIT, Split, generator_of, sample_
 from clipattr.world.shards import draw_samples, split_fingerprint, write_split
 
 
-class InlinePool:
-    """The shards one after the other in this process, where a test can interfere."""
-
-    def __init__(self, *_: object, **__: object) -> None: ...
-
-    def __enter__(self) -> "InlinePool":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def map(self, function: Callable[..., None], *columns: Iterable[object]) -> Iterator[None]:
-        return map(function, *columns)
-
-
-@pytest.fixture
-def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "ProcessPoolExecutor", InlinePool)
-
-
 def draw(folder: Path, n_images: int = 5, *, seed: int = 0, shard_size: int = 2) -> list[Path]:
-    return write_split(folder, Split.train, n_images, seed=seed, shard_size=shard_size, workers=1)
+    return write_split(folder, Split.train, n_images, seed=seed, shard_size=shard_size)
 
 
 def read(paths: list[Path]) -> list[dict[str, object]]:
@@ -61,13 +43,14 @@ def state(folder: Path) -> dict[str, tuple[bytes, int]]:
 
 def test_shards_do_not_depend_on_shard_size_or_workers(tmp_path: Path):
     """Two real processes with two shards against this process without any shard."""
-    paths = write_split(tmp_path, Split.val, 4, seed=9, shard_size=2, workers=2)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        paths = write_split(tmp_path, Split.val, 4, seed=9, shard_size=2, pool=pool)
     assert [path.name for path in paths] == ["000000.tar", "000001.tar"]
     expected = [sample for index in range(4) for sample in draw_samples(Split.val, index, seed=9)]
     assert read(paths) == expected
 
 
-def test_same_arguments_give_the_same_bytes(tmp_path: Path, inline: None):
+def test_same_arguments_give_the_same_bytes(tmp_path: Path):
     draw(tmp_path / "a")
     draw(tmp_path / "b")
     contents = [[p.read_bytes() for p in sorted((tmp_path / x).glob("*.tar"))] for x in "ab"]
@@ -94,7 +77,7 @@ def test_first_scene_stays_what_the_bundled_model_saw():
     assert write_caption(rng, scene) == "a cracked checked disc on sand with a tag"
 
 
-def test_layout_is_the_one_of_img2dataset(tmp_path: Path, inline: None):
+def test_layout_is_the_one_of_img2dataset(tmp_path: Path):
     path = draw(tmp_path, 1)[0]
     with tarfile.open(path) as archive:
         names = archive.getnames()
@@ -140,7 +123,7 @@ def test_pairs_share_everything_but_the_sticker():
     assert len({(row["cls"], row["txt"]) for row in rows}) == 1
 
 
-def test_complete_shards_are_kept_and_a_missing_one_is_drawn(tmp_path: Path, inline: None):
+def test_complete_shards_are_kept_and_a_missing_one_is_drawn(tmp_path: Path):
     paths = draw(tmp_path)
     before = state(tmp_path)
     paths[1].unlink()
@@ -152,18 +135,16 @@ def test_complete_shards_are_kept_and_a_missing_one_is_drawn(tmp_path: Path, inl
     assert after["000001.tar"][0] == before["000001.tar"][0]
 
 
-def test_nothing_is_drawn_when_all_is_there(
-    tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
-):
+def test_nothing_is_drawn_when_all_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     draw(tmp_path)
     before = state(tmp_path)
-    monkeypatch.setattr(shards, "ProcessPoolExecutor", None)  # any use of it would fail
+    monkeypatch.setattr(shards, "_write_shard", None)  # any use of it would fail
     draw(tmp_path)
     assert state(tmp_path) == before
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"n_images": 4}, {"shard_size": 3}])
-def test_other_arguments_draw_anew(tmp_path: Path, inline: None, change: dict[str, int]):
+def test_other_arguments_draw_anew(tmp_path: Path, change: dict[str, int]):
     draw(tmp_path / "changed")
     paths = draw(tmp_path / "changed", **change)
     fresh = draw(tmp_path / "fresh", **change)
@@ -171,16 +152,14 @@ def test_other_arguments_draw_anew(tmp_path: Path, inline: None, change: dict[st
     assert [p.read_bytes() for p in paths] == [p.read_bytes() for p in fresh]
 
 
-def test_folder_of_foreign_shards_is_left_alone(tmp_path: Path, inline: None):
+def test_folder_of_foreign_shards_is_left_alone(tmp_path: Path):
     (tmp_path / "photos.tar").write_bytes(b"mine")
     with pytest.raises(DataError, match=f"{tmp_path} holds 1 shards that render_world did not"):
         draw(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"photos.tar": b"mine"}
 
 
-def test_killed_writer_leaves_no_half_shard(
-    tmp_path: Path, inline: None, monkeypatch: pytest.MonkeyPatch
-):
+def test_killed_writer_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     expected = [path.read_bytes() for path in draw(tmp_path / "whole")]
     calls = iter(range(100))
 

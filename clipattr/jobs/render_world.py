@@ -1,5 +1,7 @@
 """Draw the planted world as image shards, one folder per split."""
 
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from clipattr.config.schema import RenderWorld
@@ -14,16 +16,18 @@ def render_world(config: RenderWorld, command: list[str]) -> None:
     sizes = {split: int(getattr(world, split.name)) for split in Split}
     run = open_run(config, command)
     fingerprints: dict[str, str] = {}
-    for split, n_images in sizes.items():
-        paths = write_split(
-            Path(world.out) / split.name,
-            split,
-            n_images,
-            seed=config.seed,
-            shard_size=world.shard_size,
-            workers=world.workers,
-        )
-        fingerprints[split.name] = split_fingerprint(paths)
+    # spawn: fork would copy the locks of threads that the caller has used.
+    with ProcessPoolExecutor(world.workers, mp_context=get_context("spawn")) as pool:
+        for split, n_images in sizes.items():
+            paths = write_split(
+                Path(world.out) / split.name,
+                split,
+                n_images,
+                seed=config.seed,
+                shard_size=world.shard_size,
+                pool=pool if world.workers > 1 else None,
+            )
+            fingerprints[split.name] = split_fingerprint(paths)
     run.update_manifest(data=fingerprints)
     run.write_metrics({"world": {split.name: float(size) for split, size in sizes.items()}})
     run.finish()

@@ -81,8 +81,9 @@ def _pairs(
     loader = image_loader(samples, preprocess, batch_size=data.batch_size, workers=data.workers)
     for batch in tqdm(loader, desc="decoding", unit="batch"):
         bad.extend(batch.bad)
-        images.append(batch.images.to(torch.bfloat16))
-        rows.append(batch.rows)
+        if len(batch.rows):
+            images.append(batch.images.to(torch.bfloat16))
+            rows.append(batch.rows)
     check_bad(bad, len(samples), data.max_bad_fraction)
     captions = [read_text(samples[row]) for row in torch.cat(rows).tolist()]
     return torch.cat(images), tokenizer(captions)

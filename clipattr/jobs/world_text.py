@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from clipattr.config.schema import EvaluateWorld, Method
+from clipattr.config.schema import EvaluateWorld, EvaluationConfig, Method
+from clipattr.jobs.world_scorecard import LEARNED_AUROC
 from clipattr.report import Fact, HowRow
 
 METHOD_LABELS = {
@@ -90,10 +91,29 @@ def describe_how(config: EvaluateWorld) -> list[HowRow]:
     settings = config.evaluation
     intervals = f"95 % percentile bootstrap over images, {settings.resamples} resamples"
     return [
+        *_how_scorecard(),
+        *_how_faithfulness(settings, intervals),
+        *_how_shortcut(intervals),
+        HowRow(
+            "label of a latent",
+            "word whose prompt is nearest to the mean embedding of the latent's top "
+            f"{settings.top_examples} images, the empty prompt's cosine subtracted",
+            "clipattr.semantics.labels",
+        ),
+        HowRow(
+            "explained variance",
+            "1 - sum |x - x_hat|^2 / sum |x - mean|^2, both over the whole test set in float64",
+            "clipattr.metrics.reconstruction",
+        ),
+    ]
+
+
+def _how_scorecard() -> list[HowRow]:
+    return [
         HowRow(
             "rank of a latent",
-            "1 + the number of latents with a higher value for the prompt: the mean attribution "
-            "over all test images, or the cosine of the latent's direction with the prompt",
+            "the number of latents whose value for the prompt is at least as high: the mean "
+            "attribution over all test images, or the cosine of the direction with the prompt",
             "clipattr.attribution.closed_form.reliance_matrix",
         ),
         HowRow(
@@ -105,9 +125,14 @@ def describe_how(config: EvaluateWorld) -> list[HowRow]:
         HowRow(
             "learned",
             "the prompt's score separates images with the factor from the others with an AUROC of "
-            "at least 0.6, images of the prompt's own class left out",
+            f"at least {LEARNED_AUROC}, images of the prompt's own class left out",
             "clipattr.jobs.world_scorecard.grade",
         ),
+    ]
+
+
+def _how_faithfulness(settings: EvaluationConfig, intervals: str) -> list[HowRow]:
+    return [
         HowRow(
             "deletion and insertion AUC",
             f"area under the score of the predicted noun over {settings.steps} steps, active "
@@ -116,7 +141,7 @@ def describe_how(config: EvaluateWorld) -> list[HowRow]:
         ),
         HowRow(
             "agreement with exact patching",
-            f"Spearman over the active latents of each image, overlap of the top "
+            "Spearman over the active latents of each image, overlap of the top "
             f"{settings.overlap_top}; {settings.images} images",
             "clipattr.metrics.ranks",
         ),
@@ -130,12 +155,11 @@ def describe_how(config: EvaluateWorld) -> list[HowRow]:
             f"{settings.ig_steps} midpoints between the rest alone and the clean activation",
             "clipattr.attribution.gradients.integrated_gradients",
         ),
-        HowRow(
-            "label of a latent",
-            "word whose prompt is nearest to the mean embedding of the latent's top "
-            f"{settings.top_examples} images, the empty prompt's cosine subtracted",
-            "clipattr.semantics.labels",
-        ),
+    ]
+
+
+def _how_shortcut(intervals: str) -> list[HowRow]:
+    return [
         HowRow(
             "effect of a sticker",
             "score with the sticker minus score of the same scene without, in standard deviations "
@@ -147,10 +171,5 @@ def describe_how(config: EvaluateWorld) -> list[HowRow]:
             "size of the probe's mean effect over size of the text head's mean effect; wide where "
             f"the text head hardly reacts; {intervals}, scenes paired",
             "clipattr.shortcuts.amplification.amplification_ratio",
-        ),
-        HowRow(
-            "explained variance",
-            "1 - sum |x - x_hat|^2 / sum |x - mean|^2, both over the whole test set in float64",
-            "clipattr.metrics.reconstruction",
         ),
     ]

@@ -8,10 +8,9 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,7 +24,7 @@ from clipattr.world.render import draw_scene
 from clipattr.world.sampling import RATES_OF_SPLIT, Split, generator_of, sample_scene
 
 JPEG_QUALITY = 92
-DRAWING_VERSION = 1
+DRAWING_VERSION = 2
 TASK_SPLITS = (Split.task_train, Split.task_test, Split.task_pairs)
 PAIR_VARIANTS: dict[str, tuple[str, ...]] = {"none": ()} | {
     sticker.name: (sticker.name,) for sticker in Sticker
@@ -33,12 +32,18 @@ PAIR_VARIANTS: dict[str, tuple[str, ...]] = {"none": ()} | {
 
 
 def write_split(
-    folder: Path, split: Split, n_images: int, *, seed: int, shard_size: int, workers: int
+    folder: Path,
+    split: Split,
+    n_images: int,
+    *,
+    seed: int,
+    shard_size: int,
+    pool: Executor | None = None,
 ) -> list[Path]:
     """Draw `n_images` scenes of a split (each of the pair split gives three images).
 
     Shards that are already there are kept: they are complete, and `split.json` says that they were
-    drawn with the same arguments. Otherwise they are drawn anew.
+    drawn with the same arguments. Otherwise they are drawn anew, in the pool's processes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     drawn_with: dict[str, object] = {
@@ -55,11 +60,8 @@ def write_split(
     paths = [folder / f"{number:06d}.tar" for number in range(len(ranges))]
     draw = partial(_write_shard, split=split, seed=seed)
     missing = [pair for pair in zip(paths, ranges, strict=True) if not pair[0].exists()]
-    if not missing:
-        return paths
-    # spawn: fork would copy the locks of torch's threads when a caller has used them.
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        shards = pool.map(draw, *zip(*missing, strict=True))
+    if missing:
+        shards = (pool.map if pool else map)(draw, *zip(*missing, strict=True))
         for _ in tqdm(shards, total=len(missing), desc=f"drawing {split.name}", unit="shard"):
             pass
     return paths

@@ -47,6 +47,6 @@ def _merge(symbols: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def merges_file_bytes() -> bytes:
-    """The gzip file that SimpleTokenizer(bpe_path=...) reads; the same bytes every time."""
+    """The gzip file that SimpleTokenizer(bpe_path=...) reads, without a time stamp."""
     lines = ["#version: planted-world", *(" ".join(pair) for pair in learn_merges(world_words()))]
     return gzip.compress("\n".join(lines).encode(), mtime=0)
