@@ -1,13 +1,9 @@
-import io
 import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
-from webdataset.writer import TarWriter
 
 from clipattr.data.shards import (
-    Sample,
     find_shards,
     fingerprint,
     index_shards,
@@ -17,29 +13,7 @@ from clipattr.data.shards import (
     read_text,
 )
 from clipattr.errors import DataError
-
-
-def picture(image_format: str = "JPEG") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (200, 30, 60)).save(buffer, image_format)
-    return buffer.getvalue()
-
-
-def sample(key: str, **fields: bytes) -> dict[str, object]:
-    return {"__key__": key, "jpg": picture(), "txt": b"a star", "cls": b"1"} | fields
-
-
-def write_shard(path: Path, samples: list[dict[str, object]]) -> Path:
-    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
-        for content in samples:
-            writer.write(content)
-    return path
-
-
-def one(tmp_path: Path, **fields: bytes) -> Sample:
-    (found,) = index_shards([write_shard(tmp_path / "one.tar", [sample("a", **fields)])])
-    return found
-
+from tests.tars import one, picture, sample, write_shard
 
 # Labels and JSON
 

@@ -5,8 +5,6 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from PIL import Image
-from webdataset.writer import TarWriter
 
 from clipattr.data.shards import (
     BadSample,
@@ -21,23 +19,7 @@ from clipattr.data.shards import (
     read_text,
 )
 from clipattr.errors import DataError
-
-
-def picture(image_format: str = "JPEG") -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), (200, 30, 60)).save(buffer, image_format)
-    return buffer.getvalue()
-
-
-def sample(key: str, **fields: bytes) -> dict[str, object]:
-    return {"__key__": key, "jpg": picture(), "txt": b"a star", "cls": b"1"} | fields
-
-
-def write_shard(path: Path, samples: list[dict[str, object]]) -> Path:
-    with path.open("wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
-        for content in samples:
-            writer.write(content)
-    return path
+from tests.tars import one, picture, sample, write_shard
 
 
 def write_members(path: Path, members: list[tuple[str, bytes]]) -> Path:
@@ -53,11 +35,6 @@ def write_members(path: Path, members: list[tuple[str, bytes]]) -> Path:
 @pytest.fixture
 def shard(tmp_path: Path) -> Path:
     return write_shard(tmp_path / "000000.tar", [sample(f"{i:03d}") for i in range(3)])
-
-
-def one(tmp_path: Path, **fields: bytes) -> Sample:
-    (found,) = index_shards([write_shard(tmp_path / "one.tar", [sample("a", **fields)])])
-    return found
 
 
 # Finding shards
