@@ -209,13 +209,13 @@ def test_heads_give_scores_totals_and_cue_sums(scene, tmp_path):
             parts = contributions(scene, image)
             effects = {j: float(part @ gradient.double()) for j, part in parts.items()}
             expected = plain_score(scene, scene.x[image], number) + float(bias[number])
-            assert float(callback.column(f"{name}.score")[image]) == pytest.approx(
+            assert float(callback.result[f"{name}.score"][image]) == pytest.approx(
                 expected, abs=1e-5
             )
             total = sum(abs(value) for value in effects.values())
-            assert float(callback.column(f"{name}.total")[image]) == pytest.approx(total, abs=1e-5)
+            assert float(callback.result[f"{name}.total"][image]) == pytest.approx(total, abs=1e-5)
             of_tag = sum(value for j, value in effects.items() if j in (1, 5, 7))
-            assert float(callback.column(f"{name}.tag")[image]) == pytest.approx(of_tag, abs=1e-5)
+            assert float(callback.result[f"{name}.tag"][image]) == pytest.approx(of_tag, abs=1e-5)
 
 
 def test_an_edit_is_the_edit_of_the_activation(scene):

@@ -2,7 +2,7 @@
 
 import lightning as L
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -12,13 +12,13 @@ from clipattr.attribution.closed_form import (
     class_attributions,
 )
 from clipattr.callbacks.base import ReadoutCallback
-from clipattr.metrics.per_image import PerImage, PerImageResult
+from clipattr.metrics.per_image import PerImage
 from clipattr.shortcuts.amplification import attribution_share
 from clipattr.spliced import Readout, Spliced
 
 
 class HeadsCallback(ReadoutCallback):
-    """Fills `result`: per image and head the score, sum |R|, and sum R over each cue's latents.
+    """Fills `result`: per image and head the score, sum |R|, and sum R over a cue's latents.
 
     Columns: `<head>.score`, `<head>.total`, `<head>.<cue>`. The rows of `weights` are the heads.
     """
@@ -42,7 +42,7 @@ class HeadsCallback(ReadoutCallback):
             f"{name}.{part}" for name in names for part in ("score", "total", *cue_latents)
         )
         self.table = PerImage(self.columns)
-        self.result: PerImageResult | None = None
+        self.result: dict[str, Float64[Tensor, " image"]] = {}
         super().__init__(self.table)
 
     @torch.no_grad()
@@ -63,10 +63,6 @@ class HeadsCallback(ReadoutCallback):
         self.table.update(readout.rows, torch.stack(columns, dim=1))
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """All images, sorted."""
-        self.result = self.table.compute()
-
-    def column(self, name: str) -> Tensor:
-        """One column of the result, by name."""
-        assert self.result is not None
-        return self.result.values[:, self.columns.index(name)]
+        """All images, sorted by row."""
+        columns = self.table.compute().values.T
+        self.result = dict(zip(self.columns, columns, strict=True))

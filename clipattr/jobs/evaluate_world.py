@@ -14,7 +14,6 @@ from clipattr.attribution.baselines import logit_lens_table
 from clipattr.callbacks import (
     ExamplesCallback,
     FaithfulnessCallback,
-    HeadsCallback,
     ReconstructionCallback,
     RelianceCallback,
 )
@@ -163,16 +162,17 @@ def measure_shortcuts(config: EvaluateWorld, data: WorldData, folder: Path) -> S
     options = {"resamples": config.evaluation.resamples, "seed": config.seed}
     codes = data.spliced.sae.encode(data.task_test.x.to(data.frozen.clip.device))
     cue_latents = find_cue_latents(codes.to_dense().cpu(), data.task_test)
-    on_task: HeadsCallback = build_heads(data, cue_latents)
-    on_pairs: HeadsCallback = build_heads(data, cue_latents)
+    on_task = build_heads(data, cue_latents)
+    on_pairs = build_heads(data, cue_latents)
     _test(config, data, data.task_test.x, folder, [on_task])
     _test(config, data, data.pairs.x, folder, [on_pairs])
-    pairs = pair_scores(on_pairs, on_task, data.pairs)
+    task_scores, pair_rows = on_task.result, on_pairs.result
+    pairs = pair_scores(pair_rows, task_scores, data.pairs)
     cues = [
-        measure_cue(cue, latents, on_task=on_task, on_pairs=on_pairs, pairs=pairs, **options)
+        measure_cue(cue, latents, on_task=task_scores, on_pairs=pair_rows, pairs=pairs, **options)
         for cue, latents in cue_latents.items()
     ]
-    groups, counts = measure_groups(on_task, data.task_test, Sticker.tag, **options)
+    groups, counts = measure_groups(task_scores, data.task_test, Sticker.tag, **options)
     return Shortcuts(cues, groups, counts, pairs)
 
 

@@ -17,6 +17,8 @@ from clipattr.world.factors import Sticker
 from clipattr.world.prompts import TASK_PROMPTS
 
 HEADS = ("text", "probe")
+Columns = dict[str, Float[Tensor, " image"]]
+"""What HeadsCallback measured: `<head>.score`, `<head>.total`, `<head>.<cue>` per image."""
 CUE_AUROC = 0.8
 
 
@@ -81,7 +83,7 @@ def find_cue_latents(
     }
 
 
-def pair_scores(on_pairs: HeadsCallback, on_task: HeadsCallback, pairs: SplitRows) -> PairScores:
+def pair_scores(on_pairs: Columns, on_task: Columns, pairs: SplitRows) -> PairScores:
     """Sort the pair split's scores by scene and variant."""
     rows: dict[str, list[int]] = {}
     scenes: list[int] = []
@@ -91,8 +93,8 @@ def pair_scores(on_pairs: HeadsCallback, on_task: HeadsCallback, pairs: SplitRow
         if variant == "none":
             scenes.append(int(str(factors["pair"])))
     scores = {
-        (head, variant): on_pairs.column(f"{head}.score")[chosen]
-        / on_task.column(f"{head}.score").std(correction=0)
+        (head, variant): on_pairs[f"{head}.score"][chosen]
+        / on_task[f"{head}.score"].std(correction=0)
         for head in HEADS
         for variant, chosen in rows.items()
     }
@@ -103,8 +105,8 @@ def measure_cue(
     cue: Sticker,
     latents: Int[Tensor, " cue"],
     *,
-    on_task: HeadsCallback,
-    on_pairs: HeadsCallback,
+    on_task: Columns,
+    on_pairs: Columns,
     pairs: PairScores,
     resamples: int,
     seed: int,
@@ -112,16 +114,14 @@ def measure_cue(
     """Effect of pasting the cue, on both heads and on the same scenes, and their ratio."""
     with_cue, without = pairs.rows[cue.name], pairs.rows["none"]
     raw = {
-        head: pair_effects(
-            on_pairs.column(f"{head}.score")[with_cue], on_pairs.column(f"{head}.score")[without]
-        )
+        head: pair_effects(on_pairs[f"{head}.score"][with_cue], on_pairs[f"{head}.score"][without])
         for head in HEADS
     }
     effects = cue_effects(
         text_effects=raw["text"],
         probe_effects=raw["probe"],
-        text_scores=on_task.column("text.score"),
-        probe_scores=on_task.column("probe.score"),
+        text_scores=on_task["text.score"],
+        probe_scores=on_task["probe.score"],
     )
 
     def generator() -> torch.Generator:
@@ -143,13 +143,13 @@ def measure_cue(
     )
 
 
-def _share(on_task: HeadsCallback, head: str, cue: Sticker) -> float:
-    cue_sum = on_task.column(f"{head}.{cue.name}").sum()
-    return float(cue_sum / on_task.column(f"{head}.total").sum())
+def _share(on_task: Columns, head: str, cue: Sticker) -> float:
+    cue_sum = on_task[f"{head}.{cue.name}"].sum()
+    return float(cue_sum / on_task[f"{head}.total"].sum())
 
 
 def measure_groups(
-    on_task: HeadsCallback, rows: SplitRows, cue: Sticker, *, resamples: int, seed: int
+    on_task: Columns, rows: SplitRows, cue: Sticker, *, resamples: int, seed: int
 ) -> tuple[list[GroupEntry], dict[str, GroupCounts]]:
     """Accuracy per label and cue; a head says 'cracked' when its score is above 0."""
     is_cracked = rows.where(lambda factors: bool(factors["is_cracked"]))
@@ -157,7 +157,7 @@ def measure_groups(
     entries: list[GroupEntry] = []
     counts: dict[str, GroupCounts] = {}
     for head in HEADS:
-        predictions = (on_task.column(f"{head}.score") > 0).cpu()
+        predictions = (on_task[f"{head}.score"] > 0).cpu()
         counts[head] = count_groups(
             predictions=predictions.long(),
             labels=is_cracked.long(),

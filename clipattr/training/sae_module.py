@@ -4,8 +4,9 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, distributed
 
+from clipattr.codes import SparseCodes
 from clipattr.sae.constraints import normalise_decoder_, remove_parallel_gradient_
 from clipattr.sae.dead import FiringHistory
 from clipattr.sae.losses import auxk_loss, reconstruction_loss
@@ -55,11 +56,17 @@ class SaeModule(L.LightningModule):
         reconstruction = reconstruction_loss(x, output.recon)
         is_dead = self.history.is_dead(self.dead_after)
         auxiliary = auxk_loss(self.sae, x, output, is_dead, self.k_aux)
-        self.history.update(output.codes, len(x))
+        self._count_firings(output.codes, len(x))
         self.log("train/fvu", reconstruction.detach(), prog_bar=True)
         self.log("train/aux", auxiliary.detach())
         self.log("train/dead", is_dead.double().mean(), prog_bar=True)
         return reconstruction + self.aux_coefficient * auxiliary
+
+    def _count_firings(self, codes: SparseCodes, n_rows: int) -> None:
+        """Rows are those of all ranks, and a latent that fired on one of them has fired."""
+        self.history.update(codes, n_rows * self.trainer.world_size)
+        if self.trainer.world_size > 1:
+            distributed.all_reduce(self.history.rows_since_fired, distributed.ReduceOp.MIN)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Before clipping, so that the clipped norm is that of the gradient which is used."""

@@ -1,0 +1,181 @@
+"""The numbers that the world's jobs compute themselves: ranks, truth latents, pairs and groups."""
+
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from clipattr.jobs.world_data import SplitRows
+from clipattr.jobs.world_scorecard import LEARNED_AUROC, grade, latents_of, rank_of
+from clipattr.jobs.world_shortcuts import measure_cue, measure_groups, pair_scores
+from clipattr.jobs.world_text import summarise
+from clipattr.world.factors import Sticker
+from clipattr.world.prompts import planted_failures
+
+SEED = 0
+
+
+def rng() -> torch.Generator:
+    return torch.Generator().manual_seed(SEED)
+
+
+def test_rank_counts_from_one_and_ties_are_not_flattering():
+    values = torch.tensor([0.3, -1.0, 0.9, 0.3])
+    assert [rank_of(values, latent) for latent in range(4)] == [3, 4, 1, 3]
+
+
+def graded(**changes):
+    generator = rng()
+    n_images = 200
+    shows_factor = torch.rand(n_images, generator=generator) < 0.3
+    shows_class = (torch.rand(n_images, generator=generator) < 0.2) & ~shows_factor
+    activations = torch.rand(n_images, 6, generator=generator)
+    activations[:, 4] += 0.5 * shows_factor
+    options = {
+        "activations": activations,
+        "scores": torch.rand(n_images, generator=generator) + 0.3 * shows_factor + shows_class,
+        "shows_factor": shows_factor,
+        "shows_class": shows_class,
+        "mean_attribution": torch.tensor([0.1, 0.5, 0.2, -0.1, 0.4, 0.0]),
+        "logit_lens": torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4]),
+    } | changes
+    return options, grade(planted_failures()[0], **options)
+
+
+def test_scorecard_entry_against_sklearn():
+    options, entry = graded()
+    separations = [
+        roc_auc_score(options["shows_factor"], options["activations"][:, latent])
+        for latent in range(6)
+    ]
+    assert entry.latent == max(range(6), key=lambda latent: separations[latent]) == 4
+    assert entry.auroc == pytest.approx(separations[4])
+    assert (entry.rank_attribution, entry.rank_logit_lens) == (2, 5)
+    others = ~options["shows_class"]
+    expected = roc_auc_score(options["shows_factor"][others], options["scores"][others])
+    assert entry.score_auroc == pytest.approx(expected)
+    assert entry.learned == (expected >= LEARNED_AUROC)
+    assert entry.learned
+
+
+def test_effect_that_the_model_does_not_show_is_not_learned():
+    _, entry = graded(scores=torch.rand(200, generator=rng()))
+    assert not entry.learned
+
+
+def test_cue_latents_are_all_that_separate_or_the_best_one():
+    options, _ = graded()
+    activations, shows = options["activations"].clone(), options["shows_factor"]
+    activations[:, 1] += 2 * shows
+    activations[:, 4] += 2 * shows
+    assert latents_of(activations, shows, at_least=0.9).tolist() == [1, 4]
+    assert latents_of(options["activations"], shows, at_least=0.999).tolist() == [4]
+
+
+def pair_case():
+    """Eight scenes; the tag adds 0.1 to the text score and 3 to the probe's, the seal little."""
+    generator = rng()
+    factors, text, probe = [], [], []
+    for scene in range(8):
+        base, noise = (
+            torch.randn(2, generator=generator),
+            0.01 * torch.randn(6, generator=generator),
+        )
+        shifts = {"none": (0.0, 0.0), "tag": (0.1, 3.0), "seal": (0.1, 0.2)}
+        for number, (variant, (on_text, on_probe)) in enumerate(shifts.items()):
+            factors.append({"pair": scene, "variant": variant})
+            text.append(base[0] + on_text + noise[number])
+            probe.append(base[1] + on_probe + noise[3 + number])
+    rows = SplitRows([], factors, torch.zeros(24, 1), "")
+    on_pairs = Scores(
+        text_score=torch.stack(text).double(), probe_score=torch.stack(probe).double()
+    )
+    task = torch.randn(2, 50, generator=generator).double()
+    task *= torch.tensor([[0.5], [4.0]])
+    sums = torch.rand(4, 50, generator=generator).double()
+    on_task = {
+        "text.score": task[0],
+        "probe.score": task[1],
+        "text.tag": sums[0],
+        "text.total": 1 + sums[1],
+        "probe.tag": sums[2],
+        "probe.total": 1 + sums[3],
+    }
+    return rows, on_pairs, on_task
+
+
+def test_cue_effects_against_a_plain_loop():
+    rows, on_pairs, on_task = pair_case()
+    pairs = pair_scores(on_pairs, on_task, rows)
+    entry = measure_cue(
+        Sticker.tag,
+        torch.tensor([0]),
+        on_task=on_task,
+        on_pairs=on_pairs,
+        pairs=pairs,
+        resamples=200,
+        seed=SEED,
+    )
+    expected = {}
+    for head in ("text", "probe"):
+        scores = on_pairs[f"{head}.score"]
+        effects = [float(scores[3 * scene + 1] - scores[3 * scene]) for scene in range(8)]
+        of_task = on_task[f"{head}.score"]
+        deviation = float(((of_task - of_task.mean()) ** 2).mean().sqrt())
+        expected[head] = sum(effects) / 8 / deviation
+    assert entry.effect_text.mean == pytest.approx(expected["text"])
+    assert entry.effect_probe.mean == pytest.approx(expected["probe"])
+    ratio = abs(expected["probe"]) / abs(expected["text"])
+    assert entry.amplification.mean == pytest.approx(ratio)
+    assert entry.amplification.low < ratio < entry.amplification.high
+    share = on_task["text.tag"].sum() / on_task["text.total"].sum()
+    assert entry.share_text == pytest.approx(float(share))
+
+
+def test_groups_against_a_plain_loop():
+    generator = rng()
+    factors = [
+        {"is_cracked": bool(flags[0] > 0.5), "has_tag": bool(flags[1] > 0.5)}
+        for flags in torch.rand(80, 2, generator=generator)
+    ]
+    rows = SplitRows([], factors, torch.zeros(80, 1), "")
+    scores = {head: torch.randn(80, generator=generator) for head in ("text.score", "probe.score")}
+    entries, counts = measure_groups(scores, rows, Sticker.tag, resamples=50, seed=SEED)
+    worst = {"text": 1.0, "probe": 1.0}
+    for entry in entries:
+        right, total = 0, 0
+        for factor, score in zip(factors, scores[f"{entry.head}.score"], strict=True):
+            if (factor["is_cracked"], factor["has_tag"]) == (entry.is_cracked, entry.has_cue):
+                total += 1
+                right += bool(score > 0) == factor["is_cracked"]
+        assert entry.n_images == total
+        assert entry.accuracy.mean == pytest.approx(right / total)
+        worst[entry.head] = min(worst[entry.head], right / total)
+    for head, value in worst.items():
+        assert counts[head].worst_group_accuracy == pytest.approx(value)
+
+
+def interval(mean: float, low: float, high: float) -> dict[str, float]:
+    return {"mean": mean, "low": low, "high": high}
+
+
+@pytest.mark.parametrize(
+    ("difference", "ratio", "expected"),
+    [
+        (interval(-0.1, -0.2, -0.05), interval(3, 2, 4), ["more faithful", "probe amplifies"]),
+        (interval(0.1, 0.05, 0.2), interval(1, 0.9, 4), ["less faithful", "does not clearly"]),
+        (interval(0.1, -0.05, 0.2), interval(0.5, 0.4, 0.6), ["no clear", "does not clearly"]),
+    ],
+)
+def test_sentences_follow_the_numbers(difference, ratio, expected):
+    agreement = {"spearman_exact": {"mean": 0.9}}
+    metrics = {
+        "sae": {"fvu": 0.1, "l0": 4.0},
+        "faithfulness": {
+            "attribution_patching": agreement | {"minus_logit_lens": {"deletion_auc": difference}},
+            "logit_lens": agreement,
+        },
+        "shortcut": {"tag": {"amplification": ratio}, "seal": {"amplification": ratio}},
+    }
+    text = " ".join(summarise(metrics))
+    assert all(words in text for words in expected)
+    assert "90.0 % of the variance" in text
