@@ -86,9 +86,10 @@ def pair_case():
             text.append(base[0] + on_text + noise[number])
             probe.append(base[1] + on_probe + noise[3 + number])
     rows = SplitRows([], factors, torch.zeros(24, 1), "")
-    on_pairs = Scores(
-        text_score=torch.stack(text).double(), probe_score=torch.stack(probe).double()
-    )
+    on_pairs = {
+        "text.score": torch.stack(text).double(),
+        "probe.score": torch.stack(probe).double(),
+    }
     task = torch.randn(2, 50, generator=generator).double()
     task *= torch.tensor([[0.5], [4.0]])
     sums = torch.rand(4, 50, generator=generator).double()
