@@ -3,13 +3,18 @@
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
+from torch.nn.functional import normalize
 
+from clipattr.clip import embed_prompts, load_clip
+from clipattr.errors import DataError
 from clipattr.jobs.world_data import SplitRows
 from clipattr.jobs.world_scorecard import LEARNED_AUROC, grade, latents_of, rank_of
 from clipattr.jobs.world_shortcuts import measure_cue, measure_groups, pair_scores
 from clipattr.jobs.world_text import summarise
+from clipattr.jobs.world_zeroshot import zeroshot_accuracy
 from clipattr.world.factors import Sticker
-from clipattr.world.prompts import planted_failures
+from clipattr.world.prompts import ZEROSHOT, planted_failures
+from tests.tiny import save_tiny_clip
 
 SEED = 0
 
@@ -153,6 +158,29 @@ def test_groups_against_a_plain_loop():
         worst[entry.head] = min(worst[entry.head], right / total)
     for head, value in worst.items():
         assert counts[head].worst_group_accuracy == pytest.approx(value)
+
+
+def test_zeroshot_against_a_plain_loop(tmp_path):
+    clip = load_clip(save_tiny_clip(tmp_path / "tiny"))
+    generator = rng()
+    embeddings = normalize(torch.randn(60, 16, generator=generator), dim=1)
+    factors = [
+        {
+            task.field: task.values[int(torch.randint(len(task.values), (), generator=generator))]
+            for task in ZEROSHOT.values()
+        }
+        for _ in range(60)
+    ]
+    accuracy = zeroshot_accuracy(clip, embeddings, factors)
+    for name, task in ZEROSHOT.items():
+        right = 0
+        for embedding, row in zip(embeddings, factors, strict=True):
+            cosines = [float(embedding @ embed_prompts(clip, [p])[0]) for p in task.prompts]
+            right += task.values[cosines.index(max(cosines))] == row[task.field]
+        assert accuracy[name] == pytest.approx(right / 60)
+    factors[3]["colour"] = "mauve"
+    with pytest.raises(DataError, match="mauve"):
+        zeroshot_accuracy(clip, embeddings, factors)
 
 
 def interval(mean: float, low: float, high: float) -> dict[str, float]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lightning as L
-import torch
 from jaxtyping import Float, Int
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
@@ -34,6 +33,7 @@ from clipattr.jobs.world_shortcuts import (
     measure_groups,
     pair_scores,
 )
+from clipattr.jobs.world_zeroshot import zeroshot_accuracy
 from clipattr.shortcuts.groups import GroupCounts
 from clipattr.training.spliced_module import SplicedModule, rows_loader
 from clipattr.training.trainer import build_trainer
@@ -79,8 +79,9 @@ def evaluate_world(config: EvaluateWorld, command: list[str]) -> None:
     data = load_world(config)
     inside = look_inside(config, data, run.path)
     shortcuts = measure_shortcuts(config, data, run.path)
+    zeroshot = zeroshot_accuracy(data.frozen.clip, data.embeddings(data.test.x), data.test.factors)
     run.update_manifest(data=data.test.fingerprint)
-    run.write_metrics(collect_metrics(inside, shortcuts, zeroshot_accuracy(data)))
+    run.write_metrics(collect_metrics(inside, shortcuts, zeroshot))
     write_page(config, data, inside, shortcuts, run)
     run.finish()
     print_scorecard(run.path)
@@ -174,15 +175,3 @@ def measure_shortcuts(config: EvaluateWorld, data: WorldData, folder: Path) -> S
     ]
     groups, counts = measure_groups(task_scores, data.task_test, Sticker.tag, **options)
     return Shortcuts(cues, groups, counts, pairs)
-
-
-def zeroshot_accuracy(data: WorldData) -> dict[str, float]:
-    """Accuracy per factor on the test split, in which every planted correlation is broken."""
-    embeddings = data.embeddings(data.test.x)
-    accuracy: dict[str, float] = {}
-    for name, task in ZEROSHOT.items():
-        truth = [task.values.index(str(factors[task.field])) for factors in data.test.factors]
-        scores = embeddings @ embed_prompts(data.frozen.clip, list(task.prompts)).T
-        is_right = scores.argmax(dim=1).cpu() == torch.tensor(truth)
-        accuracy[name] = float(is_right.double().mean())
-    return accuracy

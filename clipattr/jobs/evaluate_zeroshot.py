@@ -5,13 +5,11 @@ import logging
 import torch
 from torch.nn.functional import normalize
 
-from clipattr.clip import embed_prompts
 from clipattr.config.schema import EvaluateZeroshot, SiteConfig
 from clipattr.data.shards import read_json
-from clipattr.errors import DataError
 from clipattr.jobs.model import load_frozen, read_features
 from clipattr.jobs.start import describe_shards, start
-from clipattr.world.prompts import ZEROSHOT
+from clipattr.jobs.world_zeroshot import zeroshot_accuracy
 
 logger = logging.getLogger(__name__)
 
@@ -30,20 +28,10 @@ def evaluate_zeroshot(config: EvaluateZeroshot, command: list[str]) -> None:
         x = features.store.x.to(frozen.clip.device)
         embeddings = normalize(frozen.tower.suffix(x), dim=-1)
     factors = [read_json(sample) for sample in features.samples]
-    metrics: dict[str, object] = {}
-    for name, task in ZEROSHOT.items():
-        unknown = {row.get(task.field) for row in factors} - set(task.values)
-        if unknown:
-            raise DataError(
-                f"{config.data.shards}: the JSON field {task.field!r} holds "
-                f"{sorted(map(str, unknown))}, allowed are {list(task.values)}; "
-                "this job reads shards of the planted world"
-            )
-        truth = torch.tensor([task.values.index(str(row[task.field])) for row in factors])
-        scores = embeddings @ embed_prompts(frozen.clip, list(task.prompts)).T
-        accuracy = float((scores.argmax(dim=1).cpu() == truth).double().mean())
-        metrics[name] = {"accuracy": accuracy}
-        logger.info("zero-shot %-10s %.3f  (%d images)", name, accuracy, len(truth))
+    accuracy = zeroshot_accuracy(frozen.clip, embeddings, factors)
+    for name, share in accuracy.items():
+        logger.info("zero-shot %-10s %.3f  (%d images)", name, share, len(factors))
     run.update_manifest(data=features.store.fingerprint)
+    metrics = {name: {"accuracy": share} for name, share in accuracy.items()}
     run.write_metrics({"zeroshot": metrics})
     run.finish()

@@ -17,7 +17,7 @@ from clipattr.world.factors import Sticker
 from clipattr.world.prompts import TASK_PROMPTS
 
 HEADS = ("text", "probe")
-Columns = dict[str, Float[Tensor, " image"]]
+Columns = dict[str, Float[Tensor, " _"]]
 """What HeadsCallback measured: `<head>.score`, `<head>.total`, `<head>.<cue>` per image."""
 CUE_AUROC = 0.8
 
