@@ -30,6 +30,7 @@ def run_script(script: str, jobs: dict[str, type[JobConfig]], arguments: list[st
             sys.stdout.write(_format_help(script, jobs, arguments))
             return 0
         config = load_config(arguments, jobs)
+        config.check_paths()
         # Late on purpose: this imports torch, and a typo must die in under a second.
         from clipattr.jobs import run
 

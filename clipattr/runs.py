@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -73,16 +73,20 @@ class RunFolder:
             write_text(self.path / name, text + "\n")
 
 
-def open_run(config: JobConfig, command: list[str], inputs: Any = None) -> RunFolder:
+def open_run(
+    config: JobConfig, command: list[str], inputs: Any = None, outputs: Sequence[str] = ()
+) -> RunFolder:
     """Create the folder, or enter it to go on.
 
-    When the folder holds another config, or was made from other inputs, its checkpoints and
-    metrics are removed, so that nothing resumes from, or is mixed with, another experiment.
+    When the folder holds another config, or was made from other inputs, its checkpoints, metrics
+    and outputs are removed, so that nothing resumes from, or is mixed with, another experiment.
+    Call it when everything that the user can get wrong is known to be right.
 
     Args:
         config: the checked config of the job.
         command: the words of the command line, for the manifest.
         inputs: fingerprint (JSON values) of the files the job reads, as in `is_finished_with`.
+        outputs: names of the files and folders the job makes in the run folder.
     """
     run = RunFolder(Path(config.runs) / config.name, started=time.time())
     if not is_first_process():
@@ -97,7 +101,7 @@ def open_run(config: JobConfig, command: list[str], inputs: Any = None) -> RunFo
         leftover.unlink()
     is_resumed = _is_same(run.path, config, inputs)
     if not is_resumed:
-        _start_over(run)
+        _start_over(run, outputs)
     write_text(run.path / "config.yaml", to_yaml(config))
     run.update_manifest(
         versions={
@@ -117,11 +121,12 @@ def open_run(config: JobConfig, command: list[str], inputs: Any = None) -> RunFo
     return run
 
 
-def is_finished_with(config: JobConfig, inputs: Any = None) -> bool:
+def is_finished_with(config: JobConfig, inputs: Any = None, outputs: Sequence[str] = ()) -> bool:
     """Whether runs/<name>/ already holds the result of this config on these inputs."""
     path = Path(config.runs) / config.name
     manifest = read_json(path / "manifest.json") or {}
-    return manifest.get("finished") is True and _is_same(path, config, inputs)
+    is_there = all((path / name).exists() for name in outputs)
+    return is_there and manifest.get("finished") is True and _is_same(path, config, inputs)
 
 
 def is_first_process() -> bool:
@@ -152,16 +157,17 @@ def _is_same(path: Path, config: JobConfig, inputs: Any) -> bool:
     return is_same_config and manifest.get("inputs") == json.loads(json.dumps(inputs))
 
 
-def _start_over(run: RunFolder) -> None:
+def _start_over(run: RunFolder, outputs: Sequence[str]) -> None:
     # The manifest goes first: a kill in between must not leave a folder that counts as finished.
     # config.yaml and the new manifest are written last, so a kill before that repeats this.
     stale = ["manifest.json", "metrics.json", "config.yaml"]
     if any((run.path / name).exists() for name in stale) or run.checkpoints.exists():
         logger.info("%s: config or inputs changed, the run starts over", run.path)
-    for name in stale:
-        (run.path / name).unlink(missing_ok=True)
-    if run.checkpoints.exists():
-        shutil.rmtree(run.checkpoints)
+    for path in [run.path / name for name in (*stale, *outputs)] + [run.checkpoints]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _merge_nested(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from clipattr.callbacks import (
     RelianceCallback,
 )
 from clipattr.clip import Site, Tower, load_clip
-from clipattr.config.schema import Method, TrainerConfig
+from clipattr.config.choices import Method
+from clipattr.config.schema import DeviceConfig
 from clipattr.sae.topk import TopKSae
 from clipattr.spliced import Spliced
 from clipattr.training.spliced_module import SplicedModule, rows_loader
-from clipattr.training.trainer import build_trainer
+from clipattr.training.trainer import build_tester
 from tests.tiny import save_tiny_clip
 
 N_IMAGES, N_LATENTS, K = 30, 24, 4
@@ -44,8 +45,8 @@ def scene(tmp_path_factory) -> Scene:
 
 
 def run(scene: Scene, folder, *callbacks) -> None:
-    settings = TrainerConfig(steps=1, progress=False, accelerator="cpu")
-    trainer = build_trainer(settings, folder, callbacks=list(callbacks))
+    settings = DeviceConfig(progress=False, accelerator="cpu")
+    trainer = build_tester(settings, folder, callbacks=list(callbacks))
     # A batch size that does not divide the set: the last batch is short.
     trainer.test(SplicedModule(scene.spliced), rows_loader(scene.x, batch_size=8), verbose=False)
 
@@ -214,6 +215,10 @@ def test_heads_give_scores_totals_and_cue_sums(scene, tmp_path):
             )
             total = sum(abs(value) for value in effects.values())
             assert float(callback.result[f"{name}.total"][image]) == pytest.approx(total, abs=1e-5)
+            x = scene.x[image].double() - sum(p for j, p in parts.items() if j in (1, 5, 7))
+            expected = plain_score(scene, x, number) + float(bias[number])
+            edited = float(callback.result[f"{name}.without_tag"][image])
+            assert edited == pytest.approx(expected, abs=1e-5)
             of_tag = sum(value for j, value in effects.items() if j in (1, 5, 7))
             assert float(callback.result[f"{name}.tag"][image]) == pytest.approx(of_tag, abs=1e-5)
 

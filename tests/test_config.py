@@ -83,7 +83,7 @@ def test_null_and_lists(write):
     config = load_config([path, "evaluation.methods=[energy,logit_lens]"], EVALUATE_JOBS)
     assert isinstance(config, EvaluateWorld)
     assert config.evaluation.methods == [Method.energy, Method.logit_lens]
-    assert config.data.shards == "runs/world/test"
+    assert config.world == "runs/world"
 
 
 @pytest.mark.parametrize(
@@ -252,8 +252,8 @@ def test_help_lists_jobs_and_fields(capsys, script, jobs):
             assert (
                 f"\n  {field.name}: {field.allowed} = {field.default}\n      {field.doc}\n" in text
             )
-    assert text.count("\n  trainer.devices: ") == 1
-    assert text.index("\nfields of every job:\n  job: ") < text.index("\n  trainer.devices: ")
+    assert text.count("\n  trainer.accelerator: ") == 1
+    assert text.index("\nfields of every job:\n  job: ") < text.index("\n  trainer.accelerator: ")
 
 
 def test_help_of_one_file(write, capsys):

@@ -12,6 +12,7 @@ import pytest
 
 from clipattr.config.schema import EVALUATE_JOBS, TRAIN_JOBS
 from clipattr.main import run_script
+from tests.tars import sample, write_shard
 from tests.tiny import save_tiny_clip
 
 ROOT = Path(__file__).parents[1]
@@ -57,9 +58,10 @@ class Demo:
                 *("trainer.steps=10", "probe.batch_size=32"),
             ],
             "evaluate": [
-                *(f"world={world}", f"data.shards={world}/test", *read),
+                *(f"world={world}", *read),
                 *(f"sae={self.runs}/demo/sae", f"probe={self.runs}/demo/probe"),
                 *("evaluation.images=20", "evaluation.resamples=50", "evaluation.ig_steps=32"),
+                "evaluation.overlap_top=3",
             ],
             "zeroshot": [f"data.shards={world}/val", *read],
         }
@@ -200,6 +202,9 @@ def test_sae_of_another_site_is_refused(demo, capsys):
         (["model.name=local-dir:missing"], "does not exist"),
         (["model.name=ViT-B-99"], "nearest: "),
         (["data.shards=nowhere.tar"], "nowhere.tar does not exist"),
+        (["held_out=nowhere"], "held_out='nowhere'"),
+        (["data.shards=nowhere{0..1}.tar"], "nowhere0.tar does not exist"),
+        (["trainer.devices=3"], "does not divide by trainer.devices=3"),
         (["site.layer=0"], "after the last block only"),
         (["sae.k=49"], "larger than sae.n_latents"),
         (["sae.batch_size=1000"], "the shards hold 60 rows"),
@@ -213,7 +218,63 @@ def test_wrong_settings_say_what_is_wrong(demo, capsys, overrides, expected):
 
 def test_missing_sae_is_named(demo, capsys):
     message = message_of(demo, capsys, "evaluate", "sae=runs/nothing", "name=demo/nothing")
+    assert "sae='runs/nothing'" in message
+    (demo.folder / "empty").mkdir()
+    message = message_of(demo, capsys, "evaluate", f"sae={demo.folder}/empty", "name=demo/empty")
     assert "sae.json" in message
+
+
+def test_probe_of_another_task_is_refused(demo, capsys):
+    assert demo.run("probe", "name=demo/words", "probe.classes=[one, two]") == 0
+    probe = f"probe={demo.runs}/demo/words"
+    message = message_of(demo, capsys, "evaluate", probe, "name=demo/words-evaluation")
+    assert "tells ['one', 'two'] apart" in message
+
+
+def test_shards_of_another_world_are_refused(demo, capsys):
+    folder = demo.folder / "foreign"
+    shutil.copytree(demo.runs / "world", folder)
+    write_shard(folder / "test" / "000000.tar", [sample("a", json=b'{"width": 3}')])
+    message = message_of(demo, capsys, "evaluate", f"world={folder}", "name=demo/foreign")
+    assert "a.json lacks" in message
+    assert "render_world" in message
+
+
+def test_typo_destroys_nothing(demo, capsys):
+    assert demo.run("sae", "name=demo/kept") == 0
+    folder = demo.runs / "demo" / "kept"
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    message_of(demo, capsys, "sae", "name=demo/kept", "model.name=ViT-B-99")
+    message_of(demo, capsys, "sae", "name=demo/kept", "site.layer=0")
+    assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+def test_changed_weights_and_lost_outputs_are_noticed(demo):
+    model = save_tiny_clip(demo.folder / "changing")
+    options = (f"model.name={model}", "name=demo/changing")
+    assert demo.run("sae", *options) == 0
+    path = demo.runs / "demo" / "changing" / "sae.json"
+    first = json.loads(path.read_text())
+    shutil.rmtree(demo.folder / "changing")
+    save_tiny_clip(demo.folder / "changing", seed=5)
+    assert demo.run("sae", *options) == 0
+    second = json.loads(path.read_text())
+    assert first["model"]["weights_sha256"] != second["model"]["weights_sha256"]
+    path.unlink()
+    assert demo.run("sae", *options) == 0
+    assert json.loads(path.read_text()) == second
+
+
+@pytest.mark.parametrize("name", ["sae", "probe"])
+def test_killed_after_the_last_step_is_finished_by_a_restart(demo, name):
+    run = demo.runs / "demo" / name
+    stem = run / name
+    weights = stem.with_suffix(".safetensors").read_bytes()
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | {"finished": False}))
+    assert demo.run(name) == 0
+    assert stem.with_suffix(".safetensors").read_bytes() == weights
+    assert demo.read(name, "manifest.json")["finished"] is True
 
 
 def start(demo: Demo, name: str, *overrides: str) -> subprocess.Popen:

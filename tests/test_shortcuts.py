@@ -63,10 +63,10 @@ def test_amplification_does_not_depend_on_the_heads_units():
             probe_scores=unit * probe_scores,
         )
         ratios.append(amplification_ratio(effects.probe.mean(), effects.text.mean()).item())
-    assert ratios == pytest.approx([3.0, 3.0])
+    assert ratios == pytest.approx([-3.0, -3.0])
     assert amplification_ratio(torch.ones(2), torch.tensor([0.0, -2.0])).tolist() == [
         float("inf"),
-        0.5,
+        -0.5,
     ]
 
 

@@ -8,7 +8,8 @@ from lightning.pytorch.callbacks import Callback
 from open_clip.loss import ClipLoss
 
 from clipattr.clip.loading import load_clip
-from clipattr.config.schema import Logger, TrainerConfig
+from clipattr.config.choices import Logger
+from clipattr.config.schema import TrainerConfig
 from clipattr.errors import CheckpointError, ConfigError
 from clipattr.probes.linear import LinearProbe
 from clipattr.sae.topk import TopKSae

@@ -105,6 +105,8 @@ def pair_case():
         "text.total": 1 + sums[1],
         "probe.tag": sums[2],
         "probe.total": 1 + sums[3],
+        "text.without_tag": task[0] - 0.5,
+        "probe.without_tag": task[1] - sums[0],
     }
     return rows, on_pairs, on_task
 
@@ -134,7 +136,39 @@ def test_cue_effects_against_a_plain_loop():
     assert entry.amplification.mean == pytest.approx(ratio)
     assert entry.amplification.low < ratio < entry.amplification.high
     share = on_task["text.tag"].sum() / on_task["text.total"].sum()
-    assert entry.share_text == pytest.approx(float(share))
+    assert entry.share["text"] == pytest.approx(float(share))
+    removed = float(on_task["probe.score"].sub(on_task["probe.without_tag"]).mean())
+    deviation = float(on_task["probe.score"].std(correction=0))
+    assert entry.removal["probe"].mean == pytest.approx(removed / deviation)
+
+
+def test_pairs_are_matched_by_scene_not_by_position():
+    rows, on_pairs, on_task = pair_case()
+    whole = pair_scores(on_pairs, on_task, rows)
+    kept = [row for row in torch.randperm(24, generator=rng()).tolist() if row not in (3, 13)]
+    shuffled = SplitRows([], [rows.factors[row] for row in kept], torch.zeros(22, 1), "")
+    some = pair_scores({k: v[kept] for k, v in on_pairs.items()}, on_task, shuffled)
+    # Row 3 is scene 1 without a sticker, row 13 is scene 4 with the tag: both scenes are left out.
+    scenes = [0, 2, 3, 5, 6, 7]
+    for key, scores in whole.scores.items():
+        torch.testing.assert_close(some.scores[key], scores[scenes])
+
+
+def test_amplification_of_an_effect_that_is_not_there_is_not_a_number():
+    rows, on_pairs, on_task = pair_case()
+    on_pairs["text.score"] = torch.randn(24, generator=rng()).double()
+    pairs = pair_scores(on_pairs, on_task, rows)
+    entry = measure_cue(
+        Sticker.tag,
+        torch.tensor([0]),
+        on_task=on_task,
+        on_pairs=on_pairs,
+        pairs=pairs,
+        resamples=200,
+        seed=SEED,
+    )
+    assert entry.effect_text.low < 0 < entry.effect_text.high
+    assert entry.amplification.mean != entry.amplification.mean
 
 
 def test_groups_against_a_plain_loop():
@@ -145,19 +179,26 @@ def test_groups_against_a_plain_loop():
     ]
     rows = SplitRows([], factors, torch.zeros(80, 1), "")
     scores = {head: torch.randn(80, generator=generator) for head in ("text.score", "probe.score")}
-    entries, counts = measure_groups(scores, rows, Sticker.tag, resamples=50, seed=SEED)
+    entries, heads = measure_groups(scores, rows, Sticker.tag, resamples=50, seed=SEED)
     worst = {"text": 1.0, "probe": 1.0}
     for entry in entries:
         right, total = 0, 0
         for factor, score in zip(factors, scores[f"{entry.head}.score"], strict=True):
-            if (factor["is_cracked"], factor["has_tag"]) == (entry.is_cracked, entry.has_cue):
+            if (factor["is_cracked"], factor["has_tag"]) == (
+                entry.label == "cracked",
+                entry.has_cue,
+            ):
                 total += 1
                 right += bool(score > 0) == factor["is_cracked"]
         assert entry.n_images == total
         assert entry.accuracy.mean == pytest.approx(right / total)
         worst[entry.head] = min(worst[entry.head], right / total)
     for head, value in worst.items():
-        assert counts[head].worst_group_accuracy == pytest.approx(value)
+        assert heads[head].counts.worst_group_accuracy == pytest.approx(value)
+        chosen = [row for row, factor in enumerate(factors) if factor["has_tag"]]
+        truth = [factors[row]["is_cracked"] for row in chosen]
+        expected = roc_auc_score(truth, scores[f"{head}.score"][chosen])
+        assert heads[head].auroc_with == pytest.approx(expected)
 
 
 def test_zeroshot_against_a_plain_loop(tmp_path):

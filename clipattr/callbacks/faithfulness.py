@@ -30,7 +30,7 @@ from clipattr.attribution.ranking import active_order
 from clipattr.attribution.score import HeadScore, clean_scores
 from clipattr.callbacks.base import ReadoutCallback
 from clipattr.codes import SparseCodes
-from clipattr.config.schema import Method
+from clipattr.config.choices import Method
 from clipattr.metrics.intervals import Interval, bootstrap_mean, bootstrap_ratio
 from clipattr.metrics.intervals import bootstrap_ratio_difference as ratio_difference
 from clipattr.metrics.matrix_sum import MatrixSum
@@ -108,12 +108,12 @@ class FaithfulnessCallback(ReadoutCallback):
         for method in self.methods:
             attributions = known.get(method)
             if attributions is None:
-                attributions = self._attribute(method, score, x, codes, seed=int(rows[0]))
+                attributions = self._attribute(method, score, x, codes, rows)
             self._measure(method, attributions, exact, score, x, codes, rows)
         self._measure_gap(integrated, score, x, codes, rows)
 
     def _attribute(
-        self, method: Method, score: HeadScore, x: Tensor, codes: SparseCodes, *, seed: int
+        self, method: Method, score: HeadScore, x: Tensor, codes: SparseCodes, rows: Tensor
     ) -> Tensor:
         match method:
             case Method.attribution_patching:
@@ -125,10 +125,17 @@ class FaithfulnessCallback(ReadoutCallback):
             case Method.energy:
                 return energy(codes, self.W_dec)
             case Method.random:
-                generator = torch.Generator(x.device).manual_seed(self.seed + seed)
-                return random_scores(codes, generator)
+                # One order per image, whatever the batch: each image has a generator of its own.
+                orders = [
+                    random_scores(codes.select(slot[None]), self._generator(x.device, row))
+                    for slot, row in zip(torch.arange(len(rows)), rows.tolist(), strict=True)
+                ]
+                return torch.cat(orders)
             case Method.exact | Method.integrated_gradients:
                 raise AssertionError(f"{method.name} is computed once, by the caller")
+
+    def _generator(self, device: torch.device, row: int) -> torch.Generator:
+        return torch.Generator(device).manual_seed((self.seed << 32) + row)
 
     def _measure(
         self,
@@ -187,7 +194,7 @@ class FaithfulnessCallback(ReadoutCallback):
         n = self.resamples
 
         deletion, insertion, *agreement = columns
-        is_defined = ~torch.stack(agreement).isnan().any(dim=0)
+        ranks, overlap = (column[~column.isnan()] for column in agreement)
         curves = self.curves[method].compute().tolist()
         is_reference = method is Method.logit_lens
         return Faithfulness(
@@ -195,9 +202,9 @@ class FaithfulnessCallback(ReadoutCallback):
             insertion_curve=curves[1],
             deletion_auc=bootstrap_ratio(deletion, y_clean, resamples=n, generator=draw()),
             insertion_auc=bootstrap_ratio(insertion, y_clean, resamples=n, generator=draw()),
-            spearman_exact=bootstrap_mean(agreement[0][is_defined], resamples=n, generator=draw()),
-            overlap_exact=bootstrap_mean(agreement[1][is_defined], resamples=n, generator=draw()),
-            n_undefined=int((~is_defined).sum()),
+            spearman_exact=bootstrap_mean(ranks, resamples=n, generator=draw()),
+            overlap_exact=bootstrap_mean(overlap, resamples=n, generator=draw()),
+            n_undefined=len(deletion) - min(len(ranks), len(overlap)),
             minus_logit_lens=None
             if is_reference
             else ratio_difference(deletion, reference, y_clean, resamples=n, generator=draw()),

@@ -13,14 +13,15 @@ from clipattr.attribution.closed_form import (
 )
 from clipattr.callbacks.base import ReadoutCallback
 from clipattr.metrics.per_image import PerImage
-from clipattr.shortcuts.amplification import attribution_share
+from clipattr.shortcuts.amplification import attribution_share, remove_latents
 from clipattr.spliced import Readout, Spliced
 
 
 class HeadsCallback(ReadoutCallback):
     """Fills `result`: per image and head the score, sum |R|, and sum R over a cue's latents.
 
-    Columns: `<head>.score`, `<head>.total`, `<head>.<cue>`. The rows of `weights` are the heads.
+    Columns: `<head>.score`, `<head>.total`, `<head>.<cue>`, `<head>.without_<cue>` (the score when
+    the cue's latents are removed). The rows of `weights` are the heads.
     """
 
     def __init__(
@@ -38,8 +39,11 @@ class HeadsCallback(ReadoutCallback):
         self.W_dec = spliced.sae.W_dec.detach()
         self.cue_latents = cue_latents
         self.lens = build_lens_table(self.head, self.W_dec)
+        without = [f"without_{cue}" for cue in cue_latents]
         self.columns = tuple(
-            f"{name}.{part}" for name in names for part in ("score", "total", *cue_latents)
+            f"{name}.{part}"
+            for name in names
+            for part in ("score", "total", *cue_latents, *without)
         )
         self.table = PerImage(self.columns)
         self.result: dict[str, Float64[Tensor, " image"]] = {}
@@ -51,8 +55,11 @@ class HeadsCallback(ReadoutCallback):
         attributions = class_attributions(
             self.head, self.lens, readout.x, readout.codes, self.W_dec
         )
-        unit = normalize(self.spliced.tower.suffix(readout.x), dim=-1)
-        scores = unit @ self.head.weights.T + self.bias
+        scores = self._score(readout.x)
+        without = [
+            self._score(remove_latents(readout.x, readout.codes, self.W_dec, latents))
+            for latents in self.cue_latents.values()
+        ]
         columns: list[Tensor] = []
         for number in range(len(self.head.weights)):
             of_head = attributions[..., number]
@@ -60,7 +67,12 @@ class HeadsCallback(ReadoutCallback):
             columns += [scores[:, number], total]
             for latents in self.cue_latents.values():
                 columns.append(attribution_share(of_head, readout.codes, latents).cue)
+            columns += [edited[:, number] for edited in without]
         self.table.update(readout.rows, torch.stack(columns, dim=1))
+
+    def _score(self, x: Float[Tensor, "batch model"]) -> Float[Tensor, "batch head"]:
+        unit = normalize(self.spliced.tower.suffix(x), dim=-1)
+        return unit @ self.head.weights.T + self.bias
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """All images, sorted by row."""

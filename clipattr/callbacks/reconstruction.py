@@ -16,7 +16,8 @@ class ReconstructionCallback(ReadoutCallback):
         self.spliced = spliced
         sae = spliced.sae
         self.reconstruction = Reconstruction(d_model=sae.d_model, n_latents=sae.n_latents)
-        self.splice_error = MaxMetric()
+        # A nan would otherwise be dropped, and the splice look exact.
+        self.splice_error = MaxMetric(nan_strategy="error")
         self.sae: dict[str, float] = {}
         self.splice: dict[str, float] = {}
         super().__init__(self.reconstruction, self.splice_error)

@@ -8,6 +8,7 @@ import difflib
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,7 +66,9 @@ def load_clip(
     """
     resolved = _resolve(name, pretrained)
     try:
-        with _quiet_open_clip():
+        with _quiet_open_clip(), warnings.catch_warnings():
+            # Another activation function than the one in training gives wrong features silently.
+            warnings.filterwarnings("error", ".*QuickGELU mismatch.*")
             model, _, preprocess = open_clip.create_model_and_transforms(
                 resolved, pretrained=pretrained, require_pretrained=True
             )
@@ -103,6 +106,17 @@ def architecture_folder(architecture: str) -> Path:
             f"{sorted(BUNDLED)} or a folder that holds one"
         )
     return folder
+
+
+def local_files(name: str, pretrained: str | None) -> list[Path]:
+    """The files of a bundled model, a local folder or a local checkpoint; none of a remote one."""
+    if pretrained is not None:
+        return [Path(pretrained)] if Path(pretrained).is_file() else []
+    resolved = f"{LOCAL_DIR}{BUNDLED[name]}" if name in BUNDLED else name
+    if not resolved.startswith(LOCAL_DIR):
+        return []
+    folder = Path(resolved.removeprefix(LOCAL_DIR))
+    return sorted(path for path in folder.glob("*") if path.is_file())
 
 
 def hash_weights(model: nn.Module) -> str:
@@ -162,6 +176,13 @@ def _tokenizer(resolved: str) -> Tokenizer:
     merges = Path(resolved.removeprefix(LOCAL_DIR)) / MERGES_FILE
     has_merges = resolved.startswith(LOCAL_DIR) and merges.is_file()
     with _quiet_open_clip():
+        config = open_clip.get_model_config(resolved) or {}
+        options = config.get("text_cfg", {}).get("tokenizer_kwargs", {})
+        if options.get("trust_remote_code"):
+            raise CheckpointError(
+                f"{resolved}: its config sets tokenizer_kwargs.trust_remote_code, which would run "
+                "code of the model's folder; clipattr runs none"
+            )
         if has_merges:
             return open_clip.get_tokenizer(resolved, bpe_path=str(merges))
         return open_clip.get_tokenizer(resolved)

@@ -5,57 +5,13 @@ with `job: <name>`, which selects the class in `JOBS`; it holds what differs fro
 """
 
 from dataclasses import dataclass, field
-from enum import Enum
+from pathlib import Path
 
 from omegaconf import MISSING
 
+from clipattr.config.choices import Logger, Method, Precision, Stream, Tokens
+from clipattr.config.limits import check_divides, check_not_negative, check_positive
 from clipattr.errors import ConfigError
-
-
-class Tokens(Enum):
-    """Which tokens of the site are read."""
-
-    cls = "cls"
-
-
-class Stream(Enum):
-    """Which stream of the tower is read."""
-
-    residual = "residual"
-
-
-class Logger(Enum):
-    """Where the training curves go; tensorboard and wandb are extras."""
-
-    csv = "csv"
-    tensorboard = "tensorboard"
-    wandb = "wandb"
-
-
-class Precision(Enum):
-    """Arithmetic of the training step; parameters stay float32."""
-
-    fp32 = "fp32"
-    bf16 = "bf16"
-
-
-class Method(Enum):
-    """Attribution methods that a faithfulness table compares (logit_lens is always needed)."""
-
-    attribution_patching = "attribution_patching"
-    integrated_gradients = "integrated_gradients"
-    act_times_logit_lens = "act_times_logit_lens"
-    logit_lens = "logit_lens"
-    energy = "energy"
-    random = "random"
-    exact = "exact"
-
-
-def _positive(section: object, prefix: str, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        if value <= 0:
-            raise ConfigError(f"{prefix}.{name}={value!r}: must be greater than 0")
 
 
 @dataclass
@@ -81,11 +37,9 @@ class SiteConfig:
 
 
 @dataclass
-class DataConfig:
-    """Image shards and how they are read."""
+class ReadConfig:
+    """How image shards are read."""
 
-    shards: str = MISSING
-    """a .tar file, a folder of them, or a brace pattern such as 'train/{000000..000011}.tar'"""
     batch_size: int = 256
     """images per CLIP forward"""
     workers: int = 2
@@ -97,23 +51,43 @@ class DataConfig:
 
     def check(self) -> None:
         """Raise ConfigError when a value cannot work."""
-        _positive(self, "data", "batch_size")
-        if self.workers < 0:
-            raise ConfigError(f"data.workers={self.workers}: must be 0 or more")
+        check_positive(self, "data", "batch_size")
+        check_not_negative(self, "data", "workers")
         if not 0.0 <= self.max_bad_fraction < 1.0:
             raise ConfigError(f"data.max_bad_fraction={self.max_bad_fraction}: must be in [0, 1)")
 
 
 @dataclass
-class TrainerConfig:
+class DataConfig(ReadConfig):
+    """Image shards and how they are read."""
+
+    shards: str = MISSING
+    """a .tar file, a folder of them, or a brace pattern such as 'train/{000000..000011}.tar'"""
+
+
+@dataclass
+class DeviceConfig:
+    """Where a job computes."""
+
+    accelerator: str = "auto"
+    """auto (a CUDA GPU when there is one), cpu or gpu"""
+    progress: bool = True
+    """show progress bars"""
+
+    def check(self) -> None:
+        """Raise ConfigError when a value cannot work."""
+        if self.accelerator not in ("auto", "cpu", "gpu"):
+            raise ConfigError(f"trainer.accelerator={self.accelerator!r}: must be auto, cpu or gpu")
+
+
+@dataclass
+class TrainerConfig(DeviceConfig):
     """How long, on what, and how often to look and save."""
 
     steps: int = 1000
     """optimiser steps"""
     devices: int = 1
     """processes (CPU) or GPUs"""
-    accelerator: str = "auto"
-    """auto, cpu or gpu"""
     precision: Precision = Precision.fp32
     """fp32 or bf16 (mixed)"""
     log_every: int = 50
@@ -122,14 +96,11 @@ class TrainerConfig:
     """steps between two checkpoints; a killed run resumes from the last one"""
     logger: Logger = Logger.csv
     """csv, tensorboard (extra) or wandb (extra)"""
-    progress: bool = True
-    """show progress bars"""
 
     def check(self) -> None:
         """Raise ConfigError when a value cannot work."""
-        _positive(self, "trainer", "steps", "devices", "log_every", "checkpoint_every")
-        if self.accelerator not in ("auto", "cpu", "gpu"):
-            raise ConfigError(f"trainer.accelerator={self.accelerator!r}: must be auto, cpu or gpu")
+        super().check()
+        check_positive(self, "trainer", "steps", "devices", "log_every", "checkpoint_every")
 
 
 @dataclass
@@ -145,13 +116,33 @@ class JobConfig:
     seed: int = 0
     """seed of weights, order and rendering"""
 
+    def paths(self) -> dict[str, str]:
+        """Settings that name a file or a folder which has to exist, by their dotted name."""
+        found: dict[str, str] = {}
+        model, data = getattr(self, "model", None), getattr(self, "data", None)
+        if isinstance(model, ModelConfig) and model.name.startswith("local-dir:"):
+            found["model.name"] = model.name.removeprefix("local-dir:")
+        if isinstance(data, DataConfig):
+            found["data.shards"] = data.shards
+        for name in ("held_out", "world", "sae", "probe"):
+            value = getattr(self, name, None)
+            if isinstance(value, str):
+                found[name] = value
+        return found
+
+    def check_paths(self) -> None:
+        """Raise ConfigError for a path that is not there; brace patterns are expanded later."""
+        for name, path in self.paths().items():
+            if not set(path) & set("{}:") and not Path(path).exists():
+                raise ConfigError(f"{name}={path!r}: {path} does not exist")
+
     def check(self) -> None:
         """Raise ConfigError when a value or a combination cannot work."""
         parts = self.name.split("/")
-        if not self.name or self.name.startswith("/") or ".." in parts:
+        if not self.name or self.name.startswith("/") or {".", "..", ""} & set(parts):
             raise ConfigError(f"name={self.name!r}: must be a plain folder name inside {self.runs}")
-        if self.seed < 0:
-            raise ConfigError(f"seed={self.seed}: must be 0 or more")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed={self.seed}: must be between 0 and {2**32 - 1}")
         for section_name in ("data", "trainer", "sae", "probe", "clip", "world", "evaluation"):
             section = getattr(self, section_name, None)
             if section is not None and hasattr(section, "check"):
@@ -183,8 +174,8 @@ class WorldConfig:
 
     def check(self) -> None:
         """Raise ConfigError when a value cannot work."""
-        _positive(self, "world", "train", "val", "test", "task_train", "task_test")
-        _positive(self, "world", "task_pairs", "shard_size", "workers")
+        check_positive(self, "world", "train", "val", "test", "task_train", "task_test")
+        check_positive(self, "world", "task_pairs", "shard_size", "workers")
 
 
 @dataclass
@@ -202,7 +193,8 @@ class ClipConfig:
 
     def check(self) -> None:
         """Raise ConfigError when a value cannot work."""
-        _positive(self, "clip", "lr")
+        check_positive(self, "clip", "lr")
+        check_not_negative(self, "clip", "weight_decay", "warmup")
 
 
 @dataclass
@@ -228,7 +220,10 @@ class SaeConfig:
 
     def check(self) -> None:
         """Raise ConfigError when a value cannot work."""
-        _positive(self, "sae", "n_latents", "k", "lr", "batch_size", "dead_after")
+        check_positive(self, "sae", "n_latents", "k", "lr", "batch_size", "dead_after")
+        check_not_negative(self, "sae", "aux_coefficient", "warmup")
+        if self.k_aux is not None:
+            check_positive(self, "sae", "k_aux")
         if self.k > self.n_latents:
             raise ConfigError(
                 f"sae.k={self.k} is larger than sae.n_latents={self.n_latents}: "
@@ -253,7 +248,10 @@ class ProbeConfig:
 
     def check(self) -> None:
         """Raise ConfigError when a value cannot work."""
-        _positive(self, "probe", "lr", "batch_size")
+        check_positive(self, "probe", "lr", "batch_size")
+        check_not_negative(self, "probe", "weight_decay")
+        if self.label != "cls" and not self.label.startswith("json:"):
+            raise ConfigError(f"probe.label={self.label!r}: must be cls or json:<key>")
         if len(self.classes) < 2:
             raise ConfigError(f"probe.classes={self.classes}: name at least two classes")
 
@@ -281,8 +279,11 @@ class EvaluationConfig:
 
     def check(self) -> None:
         """Raise ConfigError when a value cannot work."""
-        _positive(self, "evaluation", "images", "steps", "ig_steps", "overlap_top")
-        _positive(self, "evaluation", "resamples", "top_examples")
+        check_positive(self, "evaluation", "images", "steps", "ig_steps", "overlap_top")
+        check_positive(self, "evaluation", "resamples", "top_examples")
+        check_not_negative(self, "evaluation", "gallery")
+        if len(set(self.methods)) < len(self.methods):
+            raise ConfigError("evaluation.methods names a method twice")
         if Method.logit_lens not in self.methods:
             raise ConfigError(
                 "evaluation.methods lacks logit_lens, which every other method is compared with"
@@ -297,6 +298,11 @@ class TrainClip(JobConfig):
     data: DataConfig = field(default_factory=DataConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
+    def check(self) -> None:
+        """Raise ConfigError when a value or a combination cannot work."""
+        super().check()
+        check_divides(self.data.batch_size, "data.batch_size", self.trainer.devices)
+
 
 @dataclass
 class TrainSae(JobConfig):
@@ -310,6 +316,11 @@ class TrainSae(JobConfig):
     sae: SaeConfig = field(default_factory=SaeConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
+    def check(self) -> None:
+        """Raise ConfigError when a value or a combination cannot work."""
+        super().check()
+        check_divides(self.sae.batch_size, "sae.batch_size", self.trainer.devices)
+
 
 @dataclass
 class TrainProbe(JobConfig):
@@ -319,6 +330,11 @@ class TrainProbe(JobConfig):
     data: DataConfig = field(default_factory=DataConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def check(self) -> None:
+        """Raise ConfigError when a value or a combination cannot work."""
+        super().check()
+        check_divides(self.probe.batch_size, "probe.batch_size", self.trainer.devices)
 
 
 @dataclass
@@ -334,7 +350,7 @@ class EvaluateZeroshot(JobConfig):
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    trainer: DeviceConfig = field(default_factory=DeviceConfig)
 
 
 @dataclass
@@ -344,13 +360,13 @@ class EvaluateWorld(JobConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     world: str = "runs/world"
     """folder written by render_world"""
-    data: DataConfig = field(default_factory=lambda: DataConfig(shards="runs/world/test"))
+    data: ReadConfig = field(default_factory=ReadConfig)
     sae: str = MISSING
     """folder with sae.safetensors and sae.json"""
     probe: str = MISSING
     """folder with probe.safetensors and probe.json"""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    trainer: DeviceConfig = field(default_factory=DeviceConfig)
 
 
 TRAIN_JOBS: dict[str, type[JobConfig]] = {

@@ -46,24 +46,24 @@ class BadSample(NamedTuple):
     reason: str
 
 
-def find_shards(spec: str) -> list[Path]:
+def find_shards(spec: str, setting: str = "data.shards") -> list[Path]:
     """The .tar files that a file, a folder (sorted) or a brace pattern (as it counts) names."""
     folder = Path(spec)
     if folder.is_dir():
         paths = sorted(folder.glob("*.tar"))
         if not paths:
-            raise DataError(f"data.shards={spec!r}: the folder holds no .tar file")
+            raise DataError(f"{setting}={spec!r}: the folder holds no .tar file")
         return paths
     if "://" in spec or spec.startswith("pipe:"):
-        raise DataError(f"data.shards={spec!r}: only local files are read")
+        raise DataError(f"{setting}={spec!r}: only local files are read")
     try:
         paths = [Path(name) for name in braceexpand(spec)]
     except ValueError as error:
-        raise DataError(f"data.shards={spec!r} is no brace pattern: {error}") from error
+        raise DataError(f"{setting}={spec!r} is no brace pattern: {error}") from error
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise DataError(f"data.shards={spec!r}: {missing[0]} does not exist{more}")
+        raise DataError(f"{setting}={spec!r}: {missing[0]} does not exist{more}")
     return paths
 
 

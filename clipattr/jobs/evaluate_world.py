@@ -1,11 +1,8 @@
 """Answer the three questions on the planted world, graded against its truth, and show the page."""
 
-import logging
 from pathlib import Path
-from typing import NamedTuple
 
 import lightning as L
-from jaxtyping import Float, Int
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
@@ -18,15 +15,13 @@ from clipattr.callbacks import (
 )
 from clipattr.clip import embed_prompts
 from clipattr.config.schema import EvaluateWorld
-from clipattr.jobs.start import describe_files, describe_shards, start
-from clipattr.jobs.world_data import WorldData, load_world
+from clipattr.jobs.start import Plan, describe_files, describe_model, describe_shards
+from clipattr.jobs.world_data import WorldData, load_world, split_folder
 from clipattr.jobs.world_metrics import collect_metrics
 from clipattr.jobs.world_page import print_scorecard, write_page
+from clipattr.jobs.world_results import Inside, Shortcuts
 from clipattr.jobs.world_scorecard import ScorecardEntry, grade
 from clipattr.jobs.world_shortcuts import (
-    CueEntry,
-    GroupEntry,
-    PairScores,
     build_heads,
     find_cue_latents,
     measure_cue,
@@ -34,82 +29,56 @@ from clipattr.jobs.world_shortcuts import (
     pair_scores,
 )
 from clipattr.jobs.world_zeroshot import zeroshot_accuracy
-from clipattr.shortcuts.groups import GroupCounts
 from clipattr.training.spliced_module import SplicedModule, rows_loader
-from clipattr.training.trainer import build_trainer
-from clipattr.world.factors import NOUNS, Sticker
+from clipattr.training.trainer import build_tester
+from clipattr.world.factors import Sticker
 from clipattr.world.prompts import ZEROSHOT, planted_failures
 from clipattr.world.sampling import Split
-
-logger = logging.getLogger(__name__)
-
-
-class Inside(NamedTuple):
-    """Questions one and two: what is inside, and how does it drive a prediction."""
-
-    reconstruction: ReconstructionCallback
-    examples: ExamplesCallback
-    faithfulness: FaithfulnessCallback
-    scorecard: list[ScorecardEntry]
-
-
-class Shortcuts(NamedTuple):
-    """Question three: is it a shortcut, and does the probe amplify it."""
-
-    cues: list[CueEntry]
-    groups: list[GroupEntry]
-    counts: dict[str, GroupCounts]
-    pairs: PairScores
 
 
 def evaluate_world(config: EvaluateWorld, command: list[str]) -> None:
     """Write metrics.json and report/index.html of the run."""
-    splits = [config.data.shards, *(_split(config, s) for s in (Split.task_test, Split.task_pairs))]
-    inputs: dict[str, object] = {
-        "shards": [describe_shards(shards) for shards in splits],
-        "weights": describe_files(
-            Path(config.sae) / "sae.safetensors", Path(config.probe) / "probe.safetensors"
-        ),
-    }
-    run = start(config, command, inputs)
-    if run is None:
+    plan = Plan(config, command, _describe_inputs(config), ("metrics.json", "report/index.html"))
+    if plan.is_finished():
         print_scorecard(Path(config.runs) / config.name)
         return
     L.seed_everything(config.seed, workers=True, verbose=False)
     data = load_world(config)
+    run = plan.open()
     inside = look_inside(config, data, run.path)
     shortcuts = measure_shortcuts(config, data, run.path)
     zeroshot = zeroshot_accuracy(data.frozen.clip, data.embeddings(data.test.x), data.test.factors)
-    run.update_manifest(data=data.test.fingerprint)
+    splits = {"test": data.test, "task_test": data.task_test, "task_pairs": data.pairs}
+    run.update_manifest(data={name: rows.fingerprint for name, rows in splits.items()})
     run.write_metrics(collect_metrics(inside, shortcuts, zeroshot))
     write_page(config, data, inside, shortcuts, run)
     run.finish()
     print_scorecard(run.path)
 
 
-def _split(config: EvaluateWorld, split: Split) -> str:
-    return str(Path(config.world) / split.name)
+def _describe_inputs(config: EvaluateWorld) -> dict[str, object]:
+    splits = (Split.test, Split.task_test, Split.task_pairs)
+    weights = [Path(config.sae) / "sae.safetensors", Path(config.probe) / "probe.safetensors"]
+    return {
+        "model": describe_model(config.model),
+        "shards": [describe_shards(split_folder(config, split), "world") for split in splits],
+        "weights": describe_files(weights),
+    }
 
 
 def _test(
     config: EvaluateWorld, data: WorldData, x: Tensor, folder: Path, callbacks: list[Callback]
 ) -> None:
-    trainer = build_trainer(config.trainer, folder, callbacks=callbacks)
+    trainer = build_tester(config.trainer, folder, callbacks=callbacks)
     loader = rows_loader(x, batch_size=config.data.batch_size)
     trainer.test(SplicedModule(data.spliced), loader, verbose=False)
-
-
-def noun_scores(data: WorldData) -> Float[Tensor, "image class"]:
-    """Cosine of every test image with every noun's prompt."""
-    prompts = embed_prompts(data.frozen.clip, list(ZEROSHOT["shape"].prompts))
-    return data.embeddings(data.test.x) @ prompts.T
 
 
 def look_inside(config: EvaluateWorld, data: WorldData, folder: Path) -> Inside:
     """One pass over the test rows with every callback of the first two questions."""
     settings = config.evaluation
-    nouns = embed_prompts(data.frozen.clip, [f"a {noun}" for noun in NOUNS])
-    predicted: Int[Tensor, " image"] = noun_scores(data).argmax(dim=1)
+    nouns = embed_prompts(data.frozen.clip, list(ZEROSHOT["shape"].prompts))
+    predicted = (data.embeddings(data.test.x) @ nouns.T).argmax(dim=1)
     prompts = list(dict.fromkeys(failure.prompt for failure in planted_failures()))
     reconstruction = ReconstructionCallback(data.spliced)
     examples = ExamplesCallback(
@@ -173,5 +142,5 @@ def measure_shortcuts(config: EvaluateWorld, data: WorldData, folder: Path) -> S
         measure_cue(cue, latents, on_task=task_scores, on_pairs=pair_rows, pairs=pairs, **options)
         for cue, latents in cue_latents.items()
     ]
-    groups, counts = measure_groups(task_scores, data.task_test, Sticker.tag, **options)
-    return Shortcuts(cues, groups, counts, pairs)
+    groups, heads = measure_groups(task_scores, data.task_test, Sticker.tag, **options)
+    return Shortcuts(cues, groups, heads, pairs)

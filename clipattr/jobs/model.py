@@ -3,13 +3,11 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from clipattr.clip import Clip, Site, Tower, load_clip
-from clipattr.config.schema import DataConfig, ModelConfig, SiteConfig
+from clipattr.config.schema import ModelConfig, ReadConfig, SiteConfig
 from clipattr.data import FeatureStore, Sample, cache_features, find_shards, index_shards
 from clipattr.data.shards import BadSample, keep_complete
-from clipattr.errors import ConfigError
+from clipattr.training.trainer import choose_accelerator
 
 
 class FrozenClip(NamedTuple):
@@ -36,24 +34,24 @@ class Features(NamedTuple):
 
 def load_frozen(model: ModelConfig, site: SiteConfig, accelerator: str) -> FrozenClip:
     """Load the model of a config onto the device that the trainer will use."""
-    clip = load_clip(model.name, pretrained=model.pretrained, device=_device(accelerator))
+    device = "cuda" if choose_accelerator(accelerator) == "gpu" else "cpu"
+    clip = load_clip(model.name, pretrained=model.pretrained, device=device)
     named = Site(site.layer, site.stream.name, site.tokens.name)
     return FrozenClip(clip, Tower(clip.model, named))
 
 
-def _device(accelerator: str) -> str:
-    has_gpu = torch.cuda.is_available()
-    if accelerator == "gpu" and not has_gpu:
-        raise ConfigError("trainer.accelerator=gpu: no CUDA device was found; use cpu or auto")
-    return "cuda" if has_gpu and accelerator != "cpu" else "cpu"
-
-
 def read_features(
-    frozen: FrozenClip, shards: str, data: DataConfig, needed: tuple[str, ...], *, progress: bool
+    frozen: FrozenClip,
+    shards: str,
+    data: ReadConfig,
+    needed: tuple[str, ...],
+    *,
+    setting: str = "data.shards",
+    progress: bool,
 ) -> Features:
     """The activations of all usable images of the shards, from the cache where they are there."""
     samples, incomplete = keep_complete(
-        index_shards(find_shards(shards)), needed, data.max_bad_fraction
+        index_shards(find_shards(shards, setting)), needed, data.max_bad_fraction
     )
     store = cache_features(
         samples,

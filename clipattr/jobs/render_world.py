@@ -1,8 +1,10 @@
 """Draw the planted world as image shards, one folder per split."""
 
+import os
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 from clipattr.config.schema import RenderWorld
 from clipattr.runs import open_run
@@ -17,7 +19,7 @@ def render_world(config: RenderWorld, command: list[str]) -> None:
     run = open_run(config, command)
     fingerprints: dict[str, str] = {}
     # spawn: fork would copy the locks of threads that the caller has used.
-    with ProcessPoolExecutor(world.workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(world.workers, get_context("spawn"), end_with_parent) as pool:
         for split, n_images in sizes.items():
             paths = write_split(
                 Path(world.out) / split.name,
@@ -31,3 +33,15 @@ def render_world(config: RenderWorld, command: list[str]) -> None:
     run.update_manifest(data=fingerprints)
     run.write_metrics({"world": {split.name: float(size) for split, size in sizes.items()}})
     run.finish()
+
+
+def end_with_parent() -> None:
+    """Let a worker die with its parent; killed hard, the parent cannot tell it to."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()

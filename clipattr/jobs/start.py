@@ -2,29 +2,50 @@
 
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
-from clipattr.config.schema import JobConfig
+from clipattr.clip.loading import local_files
+from clipattr.config.schema import JobConfig, ModelConfig
 from clipattr.data.shards import find_shards
 from clipattr.runs import RunFolder, is_finished_with, open_run
 
 logger = logging.getLogger(__name__)
 
 
-def start(config: JobConfig, command: list[str], inputs: dict[str, object]) -> RunFolder | None:
-    """The run's folder, or None when this config has already finished on these inputs."""
-    if is_finished_with(config, inputs):
-        logger.info("%s/%s is finished; change a setting to run it anew", config.runs, config.name)
-        return None
-    return open_run(config, command, inputs)
+class Plan(NamedTuple):
+    """One job: what was asked, what it reads and what it makes in its run folder."""
+
+    config: JobConfig
+    command: list[str]
+    inputs: dict[str, object]
+    outputs: tuple[str, ...]
+
+    def is_finished(self) -> bool:
+        """Whether the outputs are there already, made by this config from these inputs."""
+        config = self.config
+        is_done = is_finished_with(config, self.inputs, self.outputs)
+        if is_done:
+            logger.info("%s/%s is finished; change a setting to redo it", config.runs, config.name)
+        return is_done
+
+    def open(self) -> RunFolder:
+        """Enter the run folder. Not before the inputs are loaded: a typo must destroy nothing."""
+        return open_run(self.config, self.command, self.inputs, self.outputs)
 
 
-def describe_shards(spec: str) -> list[list[object]]:
-    """Name and size of every shard: cheap, and enough to notice other data."""
-    return [[path.name, path.stat().st_size] for path in find_shards(spec)]
+def describe_shards(spec: str, setting: str) -> list[list[object]]:
+    """Name, size and time of every shard: cheap, and enough to notice other data."""
+    return describe_files(find_shards(spec, setting))
 
 
-def describe_files(*paths: Path) -> list[list[object]]:
-    """Name, size and time of files that another job wrote; a missing one has none."""
+def describe_model(model: ModelConfig) -> list[list[object]]:
+    """The name, and the files of a model that lies on this machine."""
+    files = local_files(model.name, model.pretrained)
+    return [[model.name, model.pretrained], *describe_files(files)]
+
+
+def describe_files(paths: list[Path]) -> list[list[object]]:
+    """Name, size and time; a missing file has none."""
     return [
         [path.name, path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else [path.name]
         for path in paths

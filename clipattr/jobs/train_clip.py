@@ -30,7 +30,7 @@ from clipattr.data.shards import (
     keep_complete,
     read_text,
 )
-from clipattr.jobs.start import describe_shards, start
+from clipattr.jobs.start import Plan, describe_files, describe_shards
 from clipattr.training.clip_module import ClipModule
 from clipattr.training.rows import Rows, RowsDataModule
 from clipattr.training.trainer import build_trainer, fit
@@ -38,15 +38,21 @@ from clipattr.training.trainer import build_trainer, fit
 
 def train_clip(config: TrainClip, command: list[str]) -> None:
     """Train and save `<run>/model`, which `local-dir:` loads."""
-    inputs: dict[str, object] = {"shards": describe_shards(config.data.shards)}
-    run = start(config, command, inputs)
-    if run is None:
+    architecture = architecture_folder(config.clip.architecture)
+    inputs: dict[str, object] = {
+        "architecture": describe_files([architecture / CONFIG_FILE, architecture / MERGES_FILE]),
+        "shards": describe_shards(config.data.shards, "data.shards"),
+    }
+    plan = Plan(config, command, inputs, ("model",))
+    if plan.is_finished():
         return
     L.seed_everything(config.seed, workers=True, verbose=False)
     model, preprocess, tokenizer = build_clip(config.clip.architecture)
     samples, _ = keep_complete(
         index_shards(find_shards(config.data.shards)), ("txt",), config.data.max_bad_fraction
     )
+
+    run = plan.open()
 
     def load() -> tuple[Rows, str]:
         return _pairs(samples, preprocess, tokenizer, config.data), fingerprint(samples)
@@ -67,7 +73,7 @@ def train_clip(config: TrainClip, command: list[str]) -> None:
     if trainer.is_global_zero:
         save_open_clip(model, config.clip.architecture, run.path / "model")
         run.update_manifest(data=data.fingerprint)
-        run.write_metrics({"train": {"loss": float(trainer.callback_metrics["train/loss"])}})
+        run.write_metrics({"train": {"steps": settings.steps, "n_images": len(samples)}})
         run.finish()
 
 
@@ -92,6 +98,7 @@ def _pairs(
 def save_open_clip(model: torch.nn.Module, architecture: str, folder: Path) -> None:
     """Weights (float16) with the config and the merges they belong to, complete or not at all."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     weights = {
         name: value.detach().half().contiguous() for name, value in model.state_dict().items()

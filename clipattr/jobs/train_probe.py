@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 from clipattr.config.schema import SiteConfig, TrainProbe
 from clipattr.data.shards import read_label
 from clipattr.jobs.model import FrozenClip, load_frozen, read_features
-from clipattr.jobs.start import describe_shards, start
+from clipattr.jobs.start import Plan, describe_model, describe_shards
 from clipattr.probes.files import ProbeRecord, save_probe
 from clipattr.probes.linear import LinearProbe
 from clipattr.training.probe_module import ProbeModule
@@ -21,12 +21,16 @@ logger = logging.getLogger(__name__)
 
 def train_probe(config: TrainProbe, command: list[str]) -> None:
     """Train and save `<run>/probe.safetensors` with `<run>/probe.json`."""
-    inputs: dict[str, object] = {"shards": describe_shards(config.data.shards)}
-    run = start(config, command, inputs)
-    if run is None:
+    inputs: dict[str, object] = {
+        "model": describe_model(config.model),
+        "shards": describe_shards(config.data.shards, "data.shards"),
+    }
+    plan = Plan(config, command, inputs, ("probe.json", "probe.safetensors"))
+    if plan.is_finished():
         return
     L.seed_everything(config.seed, workers=True, verbose=False)
     frozen = load_frozen(config.model, SiteConfig(), config.trainer.accelerator)
+    run = plan.open()
     settings = config.probe
 
     def load() -> tuple[Rows, str]:
@@ -43,7 +47,7 @@ def train_probe(config: TrainProbe, command: list[str]) -> None:
     trainer = build_trainer(config.trainer, run.path)
     fit(trainer, module, data, run.path)
     if trainer.is_global_zero:
-        metrics = {"train_accuracy": float(trainer.callback_metrics["train/accuracy"])}
+        metrics = {"train_accuracy": measure(probe, data.rows)}
         record = ProbeRecord(
             class_names=list(settings.classes),
             model={"name": config.model.name, "weights_sha256": frozen.clip.weights_sha256},
@@ -55,7 +59,15 @@ def train_probe(config: TrainProbe, command: list[str]) -> None:
         run.update_manifest(data=data.fingerprint)
         run.write_metrics({"probe": metrics})
         run.finish()
-        logger.info("accuracy of the last training batch: %.3f", metrics["train_accuracy"])
+        logger.info("accuracy on the training rows: %.3f", metrics["train_accuracy"])
+
+
+@torch.no_grad()
+def measure(probe: LinearProbe, rows: Rows) -> float:
+    """Share of the rows whose largest logit is that of their label."""
+    features, labels = rows
+    predictions = probe(features.to(probe.weight.device)).argmax(dim=1).cpu()
+    return float((predictions == labels).double().mean())
 
 
 def _labelled_rows(config: TrainProbe, frozen: FrozenClip) -> tuple[Rows, str]:

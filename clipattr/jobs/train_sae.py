@@ -7,7 +7,7 @@ import torch
 
 from clipattr.config.schema import TrainSae
 from clipattr.jobs.model import FrozenClip, load_frozen, read_features
-from clipattr.jobs.start import describe_shards, start
+from clipattr.jobs.start import Plan, describe_model, describe_shards
 from clipattr.metrics.reconstruction import Reconstruction
 from clipattr.sae.files import SaeRecord, save_sae
 from clipattr.sae.topk import TopKSae
@@ -21,14 +21,16 @@ logger = logging.getLogger(__name__)
 def train_sae(config: TrainSae, command: list[str]) -> None:
     """Train and save `<run>/sae.safetensors` with `<run>/sae.json`."""
     inputs: dict[str, object] = {
-        "shards": describe_shards(config.data.shards),
-        "held_out": describe_shards(config.held_out),
+        "model": describe_model(config.model),
+        "shards": describe_shards(config.data.shards, "data.shards"),
+        "held_out": describe_shards(config.held_out, "held_out"),
     }
-    run = start(config, command, inputs)
-    if run is None:
+    plan = Plan(config, command, inputs, ("sae.json", "sae.safetensors"))
+    if plan.is_finished():
         return
     L.seed_everything(config.seed, workers=True, verbose=False)
     frozen = load_frozen(config.model, config.site, config.trainer.accelerator)
+    run = plan.open()
     progress = config.trainer.progress
 
     def load() -> tuple[Rows, str]:
@@ -74,8 +76,12 @@ def measure(
     sae: TopKSae, frozen: FrozenClip, config: TrainSae, *, progress: bool
 ) -> dict[str, float]:
     """Reconstruction of the held-out shards."""
-    x = read_features(frozen, config.held_out, config.data, (), progress=progress).store.x
+    x = read_features(
+        frozen, config.held_out, config.data, (), setting="held_out", progress=progress
+    ).store.x
     metric = Reconstruction(d_model=sae.d_model, n_latents=sae.n_latents)
+    # Only the first process measures; the others would never come to a gathering.
+    metric.sync_on_compute = False
     with torch.no_grad():
         for rows in x.split(config.sae.batch_size):
             output = sae(rows.to(sae.W_dec.device))

@@ -1,7 +1,7 @@
 """What the world's evaluation reads: model, SAE, probe, and the rows of each split."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -11,12 +11,14 @@ from torch.nn.functional import normalize
 
 from clipattr.config.schema import EvaluateWorld, SiteConfig
 from clipattr.data.shards import Sample, read_json
+from clipattr.errors import CheckpointError, ConfigError, DataError
 from clipattr.jobs.model import FrozenClip, load_frozen, read_features
 from clipattr.probes.files import load_probe
 from clipattr.probes.linear import LinearProbe
 from clipattr.sae.files import load_sae
 from clipattr.spliced import Spliced
-from clipattr.world.prompts import Factors
+from clipattr.world.factors import Scene
+from clipattr.world.prompts import TASK_CLASSES, Factors
 from clipattr.world.sampling import Split
 
 
@@ -56,22 +58,50 @@ def load_world(config: EvaluateWorld) -> WorldData:
     frozen = load_frozen(config.model, SiteConfig(), config.trainer.accelerator)
     model = {"name": config.model.name, "weights_sha256": frozen.clip.weights_sha256}
     sae, _ = load_sae(Path(config.sae), frozen.tower.site.to_json(), model)
-    probe, _ = load_probe(Path(config.probe), model)
+    if config.evaluation.overlap_top >= sae.k:
+        raise ConfigError(
+            f"evaluation.overlap_top={config.evaluation.overlap_top}: must be below the {sae.k} "
+            f"active latents of {config.sae}; the overlap of all of them says nothing"
+        )
+    probe, record = load_probe(Path(config.probe), model)
+    if tuple(record.class_names) != TASK_CLASSES:
+        raise CheckpointError(
+            f"probe={config.probe!r} tells {record.class_names} apart; this evaluation needs a "
+            f"probe of {list(TASK_CLASSES)}, in this order"
+        )
     device = frozen.clip.device
-    world = Path(config.world)
     return WorldData(
         frozen=frozen,
         spliced=Spliced(frozen.tower, sae.requires_grad_(False).to(device)),
         probe=probe.requires_grad_(False).to(device),
-        test=_read_split(frozen, config, config.data.shards),
-        task_test=_read_split(frozen, config, str(world / Split.task_test.name)),
-        pairs=_read_split(frozen, config, str(world / Split.task_pairs.name)),
+        test=_read_split(frozen, config, Split.test),
+        task_test=_read_split(frozen, config, Split.task_test),
+        pairs=_read_split(frozen, config, Split.task_pairs),
     )
 
 
-def _read_split(frozen: FrozenClip, config: EvaluateWorld, shards: str) -> SplitRows:
+def split_folder(config: EvaluateWorld, split: Split) -> str:
+    """Where the shards of a split lie."""
+    return str(Path(config.world) / split.name)
+
+
+def _read_split(frozen: FrozenClip, config: EvaluateWorld, split: Split) -> SplitRows:
     features = read_features(
-        frozen, shards, config.data, ("json",), progress=config.trainer.progress
+        frozen,
+        split_folder(config, split),
+        config.data,
+        ("json",),
+        setting="world",
+        progress=config.trainer.progress,
     )
     factors = [read_json(sample) for sample in features.samples]
+    needed = {entry.name for entry in fields(Scene)} | {"noun", "caption"}
+    if split is Split.task_pairs:
+        needed |= {"pair", "variant"}
+    for sample, found in zip(features.samples, factors, strict=True):
+        if not needed <= found.keys():
+            raise DataError(
+                f"{sample.shard}: {sample.key}.json lacks {sorted(needed - found.keys())}; this "
+                "job reads shards that render_world has written"
+            )
     return SplitRows(features.samples, factors, features.store.x, features.store.fingerprint)

@@ -1,15 +1,11 @@
 """The world evaluation's part of metrics.json: names that other tools read."""
 
-from typing import TYPE_CHECKING
-
+from clipattr.jobs.world_results import Inside, Shortcuts
 from clipattr.metrics.intervals import Interval
-
-if TYPE_CHECKING:
-    from clipattr.jobs.evaluate_world import Inside, Shortcuts
 
 
 def collect_metrics(
-    inside: "Inside", shortcuts: "Shortcuts", zeroshot: dict[str, float]
+    inside: Inside, shortcuts: Shortcuts, zeroshot: dict[str, float]
 ) -> dict[str, object]:
     """All numbers, nested as they are named."""
     return {
@@ -35,7 +31,7 @@ def collect_metrics(
     }
 
 
-def faithfulness_metrics(inside: "Inside") -> dict[str, object]:
+def faithfulness_metrics(inside: Inside) -> dict[str, object]:
     """`faithfulness.<method>.<number>.{mean,low,high}`."""
     table: dict[str, object] = {}
     for method, result in inside.faithfulness.results.items():
@@ -52,27 +48,29 @@ def faithfulness_metrics(inside: "Inside") -> dict[str, object]:
     return table
 
 
-def shortcut_metrics(shortcuts: "Shortcuts") -> dict[str, object]:
+def shortcut_metrics(shortcuts: Shortcuts) -> dict[str, object]:
     """`shortcut.<cue>.{effect_text,effect_probe,amplification}.{mean,low,high}` and the shares."""
     return {
         entry.cue.name: {
             "effect_text": _interval(entry.effect_text),
             "effect_probe": _interval(entry.effect_probe),
             "amplification": _interval(entry.amplification),
-            "share_text": entry.share_text,
-            "share_probe": entry.share_probe,
+            **{f"removal_{head}": _interval(found) for head, found in entry.removal.items()},
+            **{f"share_{head}": share for head, share in entry.share.items()},
             "latents": entry.latents.tolist(),
         }
         for entry in shortcuts.cues
     }
 
 
-def _accuracies(shortcuts: "Shortcuts", head: str) -> dict[str, float]:
-    counts = shortcuts.counts[head]
+def _accuracies(shortcuts: Shortcuts, head: str) -> dict[str, float]:
+    quality = shortcuts.heads[head]
     return {
-        "accuracy": counts.average_accuracy,
-        "worst_group_accuracy": counts.worst_group_accuracy,
-        "gap": counts.gap,
+        "accuracy": quality.counts.average_accuracy,
+        "worst_group_accuracy": quality.counts.worst_group_accuracy,
+        "gap": quality.counts.gap,
+        "auroc_with_tag": quality.auroc_with,
+        "auroc_without_tag": quality.auroc_without,
     }
 
 

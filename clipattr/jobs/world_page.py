@@ -4,7 +4,6 @@ import io
 import json
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from jaxtyping import Float, Int
 from PIL import Image
@@ -18,7 +17,14 @@ from clipattr.clip import embed_prompts
 from clipattr.config.schema import EvaluateWorld
 from clipattr.data.shards import Sample
 from clipattr.jobs.world_data import WorldData
-from clipattr.jobs.world_text import METHOD_LABELS, describe_how, list_facts, summarise
+from clipattr.jobs.world_results import Inside, Shortcuts
+from clipattr.jobs.world_text import (
+    METHOD_LABELS,
+    describe_how,
+    describe_ratio,
+    list_facts,
+    summarise,
+)
 from clipattr.report import (
     CueResult,
     Explained,
@@ -33,10 +39,7 @@ from clipattr.report import (
 from clipattr.runs import RunFolder, read_json
 from clipattr.semantics.labels import best_label, label_scores, semantic_mean
 from clipattr.world.factors import NOUNS, Sticker
-from clipattr.world.prompts import concept_prompts
-
-if TYPE_CHECKING:
-    from clipattr.jobs.evaluate_world import Inside, Shortcuts
+from clipattr.world.prompts import ZEROSHOT, concept_prompts
 
 logger = logging.getLogger(__name__)
 EXAMPLES_SHOWN = 6
@@ -87,8 +90,8 @@ def read_png(sample: Sample) -> bytes:
 def write_page(
     config: EvaluateWorld,
     data: WorldData,
-    inside: "Inside",
-    shortcuts: "Shortcuts",
+    inside: Inside,
+    shortcuts: Shortcuts,
     run: RunFolder,
 ) -> Path:
     """Write report/index.html of the run."""
@@ -105,14 +108,14 @@ def write_page(
         cues=_cue_results(data, shortcuts),
         groups=_group_rows(shortcuts),
         facts=list_facts(metrics),
-        how=describe_how(config),
+        how=describe_how(config.evaluation, inside.faithfulness),
         manifest=_describe_manifest(manifest),
         summary=summarise(metrics),
     )
     return write_report(content, run.path / "report")
 
 
-def _scorecard_rows(inside: "Inside", atlas: LatentAtlas) -> list[ScorecardRow]:
+def _scorecard_rows(inside: Inside, atlas: LatentAtlas) -> list[ScorecardRow]:
     return [
         ScorecardRow(
             failure=entry.failure.name,
@@ -132,7 +135,7 @@ def _scorecard_rows(inside: "Inside", atlas: LatentAtlas) -> list[ScorecardRow]:
     ]
 
 
-def _method_results(inside: "Inside") -> list[MethodResult]:
+def _method_results(inside: Inside) -> list[MethodResult]:
     return [
         MethodResult(
             name=method.name,
@@ -156,8 +159,8 @@ def explain_examples(data: WorldData, atlas: LatentAtlas, n_examples: int) -> li
     if not rows:
         return []
     clip, spliced = data.frozen.clip, data.spliced
-    prompts = [f"a {noun}" for noun in NOUNS]
-    weights = embed_prompts(clip, prompts)
+    prompts = ZEROSHOT["shape"].prompts
+    weights = embed_prompts(clip, list(prompts))
     x = data.test.x[rows].to(clip.device)
     targets = (data.embeddings(x) @ weights.T).argmax(dim=1)
     score = HeadScore(spliced.tower.suffix, weights, targets)
@@ -187,7 +190,7 @@ def explain_examples(data: WorldData, atlas: LatentAtlas, n_examples: int) -> li
     ]
 
 
-def _cue_results(data: WorldData, shortcuts: "Shortcuts") -> list[CueResult]:
+def _cue_results(data: WorldData, shortcuts: Shortcuts) -> list[CueResult]:
     return [
         CueResult(
             cue=entry.cue.name,
@@ -195,15 +198,15 @@ def _cue_results(data: WorldData, shortcuts: "Shortcuts") -> list[CueResult]:
             effect_text=entry.effect_text,
             effect_probe=entry.effect_probe,
             amplification=entry.amplification,
-            share_text=entry.share_text,
-            share_probe=entry.share_probe,
+            share_text=entry.share["text"],
+            share_probe=entry.share["probe"],
             pairs=_pair_pictures(data, shortcuts, entry.cue),
         )
         for entry in shortcuts.cues
     ]
 
 
-def _pair_pictures(data: WorldData, shortcuts: "Shortcuts", cue: Sticker) -> list[PairPicture]:
+def _pair_pictures(data: WorldData, shortcuts: Shortcuts, cue: Sticker) -> list[PairPicture]:
     pairs, samples = shortcuts.pairs, data.pairs.samples
     return [
         PairPicture(
@@ -218,12 +221,11 @@ def _pair_pictures(data: WorldData, shortcuts: "Shortcuts", cue: Sticker) -> lis
     ]
 
 
-def _group_rows(shortcuts: "Shortcuts") -> list[GroupRow]:
+def _group_rows(shortcuts: Shortcuts) -> list[GroupRow]:
     return [
         GroupRow(
             head=entry.head,
-            group=f"{'cracked' if entry.is_cracked else 'intact'}, "
-            f"{'with' if entry.has_cue else 'without'} tag",
+            group=f"{entry.label}, {'with' if entry.has_cue else 'without'} tag",
             count=entry.n_images,
             accuracy=entry.accuracy,
         )
@@ -254,14 +256,8 @@ def print_scorecard(folder: Path) -> None:
     logger.info("(ranks of the responsible latent among all latents, 1 is the top)")
     logger.info("")
     for cue, row in metrics["shortcut"].items():
-        ratio = row["amplification"]
-        logger.info(
-            "amplification of the %-5s %6.2f  [%.2f, %.2f]",
-            f"{cue}:",
-            ratio["mean"],
-            ratio["low"],
-            ratio["high"],
-        )
+        ratio = describe_ratio(row["amplification"])
+        logger.info("amplification of the %-5s %s", f"{cue}:", ratio)
     for line in summarise(metrics):
         logger.info("%s", line)
     logger.info("")

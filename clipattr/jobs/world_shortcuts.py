@@ -1,5 +1,7 @@
 """How much more than a text prompt the probe leans on each sticker, and who is harmed."""
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -8,13 +10,20 @@ from torch import Tensor
 
 from clipattr.callbacks import HeadsCallback
 from clipattr.clip import embed_prompts
+from clipattr.errors import DataError
 from clipattr.jobs.world_data import SplitRows, WorldData
 from clipattr.jobs.world_scorecard import latents_of
 from clipattr.metrics.intervals import Interval, bootstrap_mean, bootstrap_statistic
-from clipattr.shortcuts.amplification import amplification_ratio, cue_effects, pair_effects
+from clipattr.metrics.ranks import auroc
+from clipattr.shortcuts.amplification import (
+    amplification_ratio,
+    cue_effects,
+    pair_effects,
+    standardise,
+)
 from clipattr.shortcuts.groups import GroupCounts, count_groups
 from clipattr.world.factors import Sticker
-from clipattr.world.prompts import TASK_PROMPTS
+from clipattr.world.prompts import TASK_CLASSES, TASK_PROMPTS
 
 HEADS = ("text", "probe")
 Columns = dict[str, Float[Tensor, " _"]]
@@ -28,30 +37,42 @@ class CueEntry(NamedTuple):
     cue: Sticker
     latents: Int[Tensor, " cue"]
     effect_text: Interval
+    """of pasting the cue into a scene"""
     effect_probe: Interval
     amplification: Interval
-    share_text: float
-    share_probe: float
+    """nan where the text head's effect cannot be told from 0"""
+    removal: dict[str, Interval]
+    """head -> score minus score without the cue's latents, on the task's test set"""
+    share: dict[str, float]
+    """head -> sum of the attributions of the cue's latents / sum of all |attributions|"""
 
 
 class GroupEntry(NamedTuple):
     """Accuracy of one head on the images of one label with or without the planted cue."""
 
     head: str
-    is_cracked: bool
+    label: str
     has_cue: bool
     n_images: int
     accuracy: Interval
 
 
-class PairScores(NamedTuple):
-    """Standardised scores of every counterfactual scene, per head and variant."""
+class HeadQuality(NamedTuple):
+    """One head on the task's test set, 'cracked' being a score above 0."""
 
-    scenes: list[int]
+    counts: GroupCounts
+    auroc_with: float
+    """on images with the planted cue"""
+    auroc_without: float
+
+
+class PairScores(NamedTuple):
+    """Counterfactual scenes: the rows of each variant, scene by scene, and their scores."""
+
     rows: dict[str, list[int]]
-    """variant -> row in the pair split, scene by scene"""
+    """variant -> rows of the pair split; position s is the same scene in every variant"""
     scores: dict[tuple[str, str], Float[Tensor, " scene"]]
-    """(head, variant) -> score over the head's standard deviation"""
+    """(head, variant) -> score over the standard deviation of the head's score"""
 
 
 def build_heads(data: WorldData, cues: dict[Sticker, Tensor]) -> HeadsCallback:
@@ -69,36 +90,35 @@ def build_heads(data: WorldData, cues: dict[Sticker, Tensor]) -> HeadsCallback:
     )
 
 
+def carries(sticker: Sticker) -> Callable[[dict[str, object]], bool]:
+    """Whether the factors of an image say that it carries the sticker."""
+    return lambda factors: bool(factors[f"has_{sticker.name}"])
+
+
 def find_cue_latents(
     activations: Float[Tensor, "image latent"], rows: SplitRows
 ) -> dict[Sticker, Int[Tensor, " cue"]]:
     """The latents that fire on each sticker."""
     return {
-        sticker: latents_of(
-            activations,
-            rows.where(lambda factors, name=sticker.name: bool(factors[f"has_{name}"])),
-            at_least=CUE_AUROC,
-        )
+        sticker: latents_of(activations, rows.where(carries(sticker)), at_least=CUE_AUROC)
         for sticker in Sticker
     }
 
 
 def pair_scores(on_pairs: Columns, on_task: Columns, pairs: SplitRows) -> PairScores:
-    """Sort the pair split's scores by scene and variant."""
-    rows: dict[str, list[int]] = {}
-    scenes: list[int] = []
+    """Match the variants of each scene by its number; a scene that lacks one is left out."""
+    row_of: dict[str, dict[int, int]] = {}
     for row, factors in enumerate(pairs.factors):
-        variant = str(factors["variant"])
-        rows.setdefault(variant, []).append(row)
-        if variant == "none":
-            scenes.append(int(str(factors["pair"])))
+        row_of.setdefault(str(factors["variant"]), {})[int(str(factors["pair"]))] = row
+    scenes = sorted(set.intersection(*(set(found) for found in row_of.values())))
+    rows = {variant: [found[scene] for scene in scenes] for variant, found in row_of.items()}
     scores = {
         (head, variant): on_pairs[f"{head}.score"][chosen]
         / on_task[f"{head}.score"].std(correction=0)
         for head in HEADS
         for variant, chosen in rows.items()
     }
-    return PairScores(scenes, rows, scores)
+    return PairScores(rows, scores)
 
 
 def measure_cue(
@@ -124,54 +144,80 @@ def measure_cue(
         probe_scores=on_task["probe.score"],
     )
 
-    def generator() -> torch.Generator:
-        return torch.Generator(effects.text.device).manual_seed(seed)
+    def mean(values: Tensor) -> Interval:
+        generator = torch.Generator(values.device).manual_seed(seed)
+        return bootstrap_mean(values, resamples=resamples, generator=generator)
 
+    effect_text = mean(effects.text)
     return CueEntry(
         cue=cue,
         latents=latents,
-        effect_text=bootstrap_mean(effects.text, resamples=resamples, generator=generator()),
-        effect_probe=bootstrap_mean(effects.probe, resamples=resamples, generator=generator()),
-        amplification=bootstrap_statistic(
-            [effects.probe, effects.text],
-            amplification_ratio,
-            resamples=resamples,
-            generator=generator(),
-        ),
-        share_text=_share(on_task, "text", cue),
-        share_probe=_share(on_task, "probe", cue),
+        effect_text=effect_text,
+        effect_probe=mean(effects.probe),
+        amplification=_amplification(effects.text, effects.probe, effect_text, resamples, seed),
+        removal={head: mean(_removal(on_task, head, cue)) for head in HEADS},
+        share={head: _share(on_task, head, cue) for head in HEADS},
     )
 
 
+def _amplification(
+    text: Tensor, probe: Tensor, effect_text: Interval, resamples: int, seed: int
+) -> Interval:
+    if effect_text.low <= 0 <= effect_text.high:
+        return Interval(math.nan, math.nan, math.nan)
+    generator = torch.Generator(text.device).manual_seed(seed)
+    return bootstrap_statistic(
+        [probe, text], amplification_ratio, resamples=resamples, generator=generator
+    )
+
+
+def _removal(on_task: Columns, head: str, cue: Sticker) -> Tensor:
+    score = on_task[f"{head}.score"]
+    return standardise(pair_effects(score, on_task[f"{head}.without_{cue.name}"]), score)
+
+
 def _share(on_task: Columns, head: str, cue: Sticker) -> float:
-    cue_sum = on_task[f"{head}.{cue.name}"].sum()
-    return float(cue_sum / on_task[f"{head}.total"].sum())
+    return float(on_task[f"{head}.{cue.name}"].sum() / on_task[f"{head}.total"].sum())
 
 
 def measure_groups(
     on_task: Columns, rows: SplitRows, cue: Sticker, *, resamples: int, seed: int
-) -> tuple[list[GroupEntry], dict[str, GroupCounts]]:
+) -> tuple[list[GroupEntry], dict[str, HeadQuality]]:
     """Accuracy per label and cue; a head says 'cracked' when its score is above 0."""
     is_cracked = rows.where(lambda factors: bool(factors["is_cracked"]))
-    has_cue = rows.where(lambda factors: bool(factors[f"has_{cue.name}"]))
+    has_cue = rows.where(carries(cue))
     entries: list[GroupEntry] = []
-    counts: dict[str, GroupCounts] = {}
+    heads: dict[str, HeadQuality] = {}
     for head in HEADS:
-        predictions = (on_task[f"{head}.score"] > 0).cpu()
-        counts[head] = count_groups(
-            predictions=predictions.long(),
-            labels=is_cracked.long(),
-            cues=has_cue.long(),
-            n_labels=2,
-            n_cues=2,
+        score = on_task[f"{head}.score"].cpu()
+        predictions = score > 0
+        heads[head] = HeadQuality(
+            counts=count_groups(
+                predictions=predictions.long(),
+                labels=is_cracked.long(),
+                cues=has_cue.long(),
+                n_labels=2,
+                n_cues=2,
+            ),
+            auroc_with=float(auroc(score[has_cue][:, None], is_cracked[has_cue])),
+            auroc_without=float(auroc(score[~has_cue][:, None], is_cracked[~has_cue])),
         )
         is_correct = (predictions == is_cracked).double()
-        for label in (False, True):
+        for label in (0, 1):
             for cued in (False, True):
-                chosen: Bool[Tensor, " image"] = (is_cracked == label) & (has_cue == cued)
-                generator = torch.Generator().manual_seed(seed)
-                accuracy = bootstrap_mean(
-                    is_correct[chosen], resamples=resamples, generator=generator
-                )
-                entries.append(GroupEntry(head, label, cued, int(chosen.sum()), accuracy))
-    return entries, counts
+                chosen: Bool[Tensor, " image"] = (is_cracked == bool(label)) & (has_cue == cued)
+                name = f"{head}, {TASK_CLASSES[label]}, {cue.name}={cued}"
+                accuracy = _group_accuracy(is_correct[chosen], name, resamples, seed)
+                n_images = int(chosen.sum())
+                entries.append(GroupEntry(head, TASK_CLASSES[label], cued, n_images, accuracy))
+    return entries, heads
+
+
+def _group_accuracy(is_correct: Tensor, name: str, resamples: int, seed: int) -> Interval:
+    if len(is_correct) < 2:
+        raise DataError(
+            f"group ({name}) has {len(is_correct)} images; at least 2 are needed: draw a larger "
+            "world.task_test"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return bootstrap_mean(is_correct, resamples=resamples, generator=generator)

@@ -2,8 +2,11 @@
 
 from typing import Any
 
-from clipattr.config.schema import EvaluateWorld, EvaluationConfig, Method
+from clipattr.callbacks import FaithfulnessCallback
+from clipattr.config.choices import Method
+from clipattr.config.schema import EvaluationConfig
 from clipattr.jobs.world_scorecard import LEARNED_AUROC
+from clipattr.jobs.world_shortcuts import CUE_AUROC
 from clipattr.report import Fact, HowRow
 
 METHOD_LABELS = {
@@ -39,22 +42,29 @@ def _faithful(table: dict[str, Any]) -> str:
     if difference["low"] > 0:
         reading = "less faithful than"
     return (
-        f"How: attribution patching ranks latents like exact patching (Spearman {agreement:.2f}, "
-        f"logit lens {lens:.2f}); by deletion it is {reading} logit lens "
+        "How: the ranking of attribution patching agrees with exact patching at a Spearman of "
+        f"{agreement:.2f}, that of logit lens at {lens:.2f}; by deletion attribution patching is "
+        f"{reading} logit lens "
         f"({difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}])."
     )
 
 
 def _shortcut(tag: dict[str, Any], seal: dict[str, Any]) -> str:
-    ratio, control = tag["amplification"], seal["amplification"]
-    verdict = (
-        "amplifies the planted tag" if ratio["low"] > 1 else "does not clearly amplify the tag"
-    )
+    ratio = tag["amplification"]
+    is_amplified = ratio["low"] is not None and ratio["low"] > 1
+    verdict = "amplifies the planted tag" if is_amplified else "does not clearly amplify the tag"
     return (
-        f"Shortcut: the probe {verdict}: {ratio['mean']:.1f} times the text head's effect "
-        f"[{ratio['low']:.1f}, {ratio['high']:.1f}]; the control seal {control['mean']:.1f} "
-        f"[{control['low']:.1f}, {control['high']:.1f}]."
+        f"Shortcut: the probe {verdict} (its effect over the text head's: "
+        f"{describe_ratio(ratio)}); for the control seal it is "
+        f"{describe_ratio(seal['amplification'])}."
     )
+
+
+def describe_ratio(ratio: dict[str, Any]) -> str:
+    """A ratio with its interval; null in metrics.json says that there is none."""
+    if ratio["mean"] is None:
+        return "not defined, the text head's effect cannot be told from 0"
+    return f"{ratio['mean']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
 def list_facts(metrics: dict[str, Any]) -> list[Fact]:
@@ -86,13 +96,12 @@ def list_facts(metrics: dict[str, Any]) -> list[Fact]:
     return facts
 
 
-def describe_how(config: EvaluateWorld) -> list[HowRow]:
-    """How every number was made, with the settings that were used."""
-    settings = config.evaluation
+def describe_how(settings: EvaluationConfig, measured: FaithfulnessCallback) -> list[HowRow]:
+    """How every number was made, with what was really used."""
     intervals = f"95 % percentile bootstrap over images, {settings.resamples} resamples"
     return [
         *_how_scorecard(),
-        *_how_faithfulness(settings, intervals),
+        *_how_faithfulness(settings, measured, intervals),
         *_how_shortcut(intervals),
         HowRow(
             "label of a latent",
@@ -131,18 +140,20 @@ def _how_scorecard() -> list[HowRow]:
     ]
 
 
-def _how_faithfulness(settings: EvaluationConfig, intervals: str) -> list[HowRow]:
+def _how_faithfulness(
+    settings: EvaluationConfig, measured: FaithfulnessCallback, intervals: str
+) -> list[HowRow]:
     return [
         HowRow(
             "deletion and insertion AUC",
-            f"area under the score of the predicted noun over {settings.steps} steps, active "
+            f"mean height of the score of the predicted noun over {measured.n_steps} steps, active "
             f"latents only, error term kept; sum of areas over sum of clean scores; {intervals}",
             "clipattr.attribution.curves",
         ),
         HowRow(
             "agreement with exact patching",
             "Spearman over the active latents of each image, overlap of the top "
-            f"{settings.overlap_top}; {settings.images} images",
+            f"{settings.overlap_top}; {len(measured.targets)} images",
             "clipattr.metrics.ranks",
         ),
         HowRow(
@@ -154,6 +165,12 @@ def _how_faithfulness(settings: EvaluationConfig, intervals: str) -> list[HowRow
             "integrated gradients",
             f"{settings.ig_steps} midpoints between the rest alone and the clean activation",
             "clipattr.attribution.gradients.integrated_gradients",
+        ),
+        HowRow(
+            "completeness gap",
+            "sum over images of |sum of attributions - (y(x) - y(rest))| over the sum of "
+            "|y(x) - y(rest)|, for integrated gradients",
+            "clipattr.attribution.curves.completeness_gap",
         ),
     ]
 
@@ -168,8 +185,15 @@ def _how_shortcut(intervals: str) -> list[HowRow]:
         ),
         HowRow(
             "amplification",
-            "size of the probe's mean effect over size of the text head's mean effect; wide where "
-            f"the text head hardly reacts; {intervals}, scenes paired",
+            "the probe's mean effect over the text head's mean effect, scenes paired; not defined "
+            f"where the interval of the text head's effect includes 0; {intervals}",
             "clipattr.shortcuts.amplification.amplification_ratio",
+        ),
+        HowRow(
+            "share of the attribution",
+            "signed sum of the attributions of the sticker's latents over the sum of all absolute "
+            f"attributions; its latents separate it with an AUROC of at least {CUE_AUROC} (or are "
+            "the best one)",
+            "clipattr.shortcuts.amplification.attribution_share",
         ),
     ]

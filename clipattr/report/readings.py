@@ -75,9 +75,11 @@ def amplification_reading(cue: CueResult) -> str:
     """One sentence: does the probe lean on the cue more than the text head does?"""
     low, high = cue.amplification.low, cue.amplification.high
     if not (math.isfinite(low) and math.isfinite(high) and math.isfinite(cue.amplification.mean)):
-        return "The ratio is not defined: the cue has no measurable effect on the text head."
+        return "The ratio is not defined: the effect on the text head cannot be told from 0."
     if low > 1:
         return "The interval lies above 1: the probe relies on this cue more than the text head."
+    if high < 0:
+        return "The interval lies below 0: the probe reacts in the opposite direction."
     if high < 1:
         return "The interval lies below 1: the probe relies on this cue less than the text head."
     return "The interval includes 1: no amplification is shown."

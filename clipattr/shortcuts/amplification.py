@@ -70,12 +70,12 @@ def cue_effects(
 def amplification_ratio(
     mean_probe: Float[Tensor, "*resamples"], mean_text: Float[Tensor, "*resamples"]
 ) -> Float[Tensor, "*resamples"]:
-    """|mean probe effect| / |mean text effect|, element-wise over bootstrap resamples.
+    """Mean probe effect / mean text effect, element-wise over bootstrap resamples.
 
-    Sizes only: whether the heads move in the same direction is read from the effects. Infinite when
-    the text head does not use the cue at all.
+    Negative where the heads react in opposite directions. It says nothing where the text effect
+    cannot be told from 0: the caller has to look at its interval first.
     """
-    return mean_probe.abs() / mean_text.abs()
+    return mean_probe / mean_text
 
 
 def attribution_share(

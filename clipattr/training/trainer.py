@@ -6,12 +6,14 @@ from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger as LightningLogger
 from lightning.pytorch.strategies import DDPStrategy
 
-from clipattr.config.schema import Logger, Precision, TrainerConfig
+from clipattr.config.choices import Logger, Precision
+from clipattr.config.schema import DeviceConfig, TrainerConfig
 from clipattr.errors import ConfigError
 from clipattr.training.checkpoints import AtomicCheckpointIO, newest_valid
 
@@ -19,7 +21,7 @@ CHECKPOINTS = "checkpoints"
 EXPECTED_WARNINGS = (
     "eval mode",  # the frozen CLIP is, on purpose
     "does not have many workers",  # rows are served from memory
-    "is not empty",  # a checkpoint folder that a resume needs
+    "Checkpoint directory .* is not empty",  # a resume needs what is in it
     "dataloader is not resumable",  # its position is the datamodule's state
     "LeafSpec",  # Lightning's use of a name that torch has renamed
 )
@@ -39,14 +41,23 @@ class ProgressBar(TQDMProgressBar):
         }
 
 
+def choose_accelerator(wanted: str) -> str:
+    """The word gpu or cpu.
+
+    `auto` is decided here and not by Lightning, which would take Apple's MPS: that has no float64,
+    and CLIP is on the CPU.
+    """
+    has_gpu = torch.cuda.is_available()
+    if wanted == "gpu" and not has_gpu:
+        raise ConfigError("trainer.accelerator=gpu: no CUDA device was found; use cpu or auto")
+    return "gpu" if has_gpu and wanted != "cpu" else "cpu"
+
+
 def build_trainer(
     settings: TrainerConfig, folder: Path, *, callbacks: list[Callback] | None = None
 ) -> L.Trainer:
     """A trainer that logs to `folder` and saves its checkpoints there."""
-    for message in EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", f".*{message}.*")
-    # Lightning prints its own lines; through the root logger each would appear twice.
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    _silence_what_is_wanted()
     checkpoint = ModelCheckpoint(
         dirpath=folder / CHECKPOINTS,
         filename="{step}",
@@ -55,9 +66,8 @@ def build_trainer(
         monitor="step",
         mode="max",
     )
-    bars: list[Callback] = [ProgressBar(refresh_rate=10)] if settings.progress else []
     return L.Trainer(
-        accelerator=settings.accelerator,
+        accelerator=choose_accelerator(settings.accelerator),
         devices=settings.devices,
         strategy=_strategy(settings),
         max_steps=settings.steps,
@@ -65,16 +75,43 @@ def build_trainer(
         precision="bf16-mixed" if settings.precision is Precision.bf16 else "32-true",
         logger=_logger(settings.logger, folder),
         log_every_n_steps=min(settings.log_every, settings.steps),
-        callbacks=[checkpoint, *bars, *(callbacks or [])],
+        callbacks=[checkpoint, *_bars(settings), *(callbacks or [])],
         plugins=[AtomicCheckpointIO()],
         enable_progress_bar=settings.progress,
         enable_model_summary=False,
         use_distributed_sampler=False,
         gradient_clip_val=1.0,
+        default_root_dir=folder,
+    )
+
+
+def build_tester(settings: DeviceConfig, folder: Path, *, callbacks: list[Callback]) -> L.Trainer:
+    """A trainer for `test` on one device in float32; it logs and saves nothing."""
+    _silence_what_is_wanted()
+    return L.Trainer(
+        accelerator=choose_accelerator(settings.accelerator),
+        devices=1,
+        logger=False,
+        callbacks=[*_bars(settings), *callbacks],
+        enable_checkpointing=False,
+        enable_progress_bar=settings.progress,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
         # Attribution needs gradients inside test steps; inference tensors could never have any.
         inference_mode=False,
         default_root_dir=folder,
     )
+
+
+def _silence_what_is_wanted() -> None:
+    for message in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", f".*{message}.*")
+    # Lightning prints its own lines; through the root logger each would appear twice.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+def _bars(settings: DeviceConfig) -> list[Callback]:
+    return [ProgressBar(refresh_rate=10)] if settings.progress else []
 
 
 def fit(
@@ -95,12 +132,15 @@ def _strategy(settings: TrainerConfig) -> str | DDPStrategy:
 
 
 def _logger(choice: Logger, folder: Path) -> LightningLogger:
+    # Every start of a run writes a folder of its own: the CSV logger would empty an older one.
+    n_before = len(list(folder.glob("curves*")))
+    version = f"curves-{n_before + 1}" if n_before else "curves"
     try:
         match choice:
             case Logger.csv:
-                return CSVLogger(folder, name="", version="curves")
+                return CSVLogger(folder, name="", version=version)
             case Logger.tensorboard:
-                return TensorBoardLogger(folder, name="", version="curves")
+                return TensorBoardLogger(folder, name="", version=version)
             case Logger.wandb:
                 return WandbLogger(name=folder.name, save_dir=folder)
     except ModuleNotFoundError as error:

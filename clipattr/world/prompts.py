@@ -20,7 +20,8 @@ from clipattr.world.factors import (
 Factors = dict[str, object]
 TASK_PROMPTS = ("a shape", "a cracked shape")
 """Text head of the probe task: intact, cracked."""
-TASK_TARGET = "cracked"
+TASK_CLASSES = ("intact", "cracked")
+"""Classes of the probe task, in the order of the labels."""
 
 
 class FactorPrompts(NamedTuple):

@@ -1,0 +1,42 @@
+"""Settings with a few allowed values: the names are the words in a YAML file."""
+
+from enum import Enum
+
+
+class Tokens(Enum):
+    """Which tokens of the site are read."""
+
+    cls = "cls"
+
+
+class Stream(Enum):
+    """Which stream of the tower is read."""
+
+    residual = "residual"
+
+
+class Logger(Enum):
+    """Where the training curves go; tensorboard and wandb are extras."""
+
+    csv = "csv"
+    tensorboard = "tensorboard"
+    wandb = "wandb"
+
+
+class Precision(Enum):
+    """Arithmetic of the training step; parameters stay float32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Method(Enum):
+    """Attribution methods that a faithfulness table compares (logit_lens is always needed)."""
+
+    attribution_patching = "attribution_patching"
+    integrated_gradients = "integrated_gradients"
+    act_times_logit_lens = "act_times_logit_lens"
+    logit_lens = "logit_lens"
+    energy = "energy"
+    random = "random"
+    exact = "exact"

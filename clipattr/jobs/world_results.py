@@ -1,0 +1,25 @@
+"""What the world's evaluation has measured, for metrics.json and for the page."""
+
+from typing import NamedTuple
+
+from clipattr.callbacks import ExamplesCallback, FaithfulnessCallback, ReconstructionCallback
+from clipattr.jobs.world_scorecard import ScorecardEntry
+from clipattr.jobs.world_shortcuts import CueEntry, GroupEntry, HeadQuality, PairScores
+
+
+class Inside(NamedTuple):
+    """Questions one and two: what is inside, and how does it drive a prediction."""
+
+    reconstruction: ReconstructionCallback
+    examples: ExamplesCallback
+    faithfulness: FaithfulnessCallback
+    scorecard: list[ScorecardEntry]
+
+
+class Shortcuts(NamedTuple):
+    """Question three: is it a shortcut, and does the probe amplify it."""
+
+    cues: list[CueEntry]
+    groups: list[GroupEntry]
+    heads: dict[str, HeadQuality]
+    pairs: PairScores
