@@ -279,7 +279,7 @@ def test_killed_after_the_last_step_is_finished_by_a_restart(demo, name):
 
 def start(demo: Demo, name: str, *overrides: str) -> subprocess.Popen:
     command = [sys.executable, "train.py", *demo.arguments(name, *overrides)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def test_killed_run_goes_on_and_ends_with_the_same_bits(demo):

@@ -79,9 +79,8 @@ def measure(
     x = read_features(
         frozen, config.held_out, config.data, (), setting="held_out", progress=progress
     ).store.x
-    metric = Reconstruction(d_model=sae.d_model, n_latents=sae.n_latents)
     # Only the first process measures; the others would never come to a gathering.
-    metric.sync_on_compute = False
+    metric = Reconstruction(d_model=sae.d_model, n_latents=sae.n_latents, sync_on_compute=False)
     with torch.no_grad():
         for rows in x.split(config.sae.batch_size):
             output = sae(rows.to(sae.W_dec.device))

@@ -63,9 +63,9 @@ class Reconstruction(Metric):
     cosine_sum: Tensor
     firing_counts: Tensor
 
-    def __init__(self, *, d_model: int, n_latents: int) -> None:
-        """Empty sums for one site and one dictionary."""
-        super().__init__()
+    def __init__(self, *, d_model: int, n_latents: int, sync_on_compute: bool = True) -> None:
+        """Empty sums for one site and one dictionary; gathered over processes by default."""
+        super().__init__(sync_on_compute=sync_on_compute)
         zero = torch.zeros((), dtype=torch.float64)
         counts = torch.zeros(n_latents, dtype=torch.int64)
         packed = torch.zeros(2 + d_model, dtype=torch.float64)
