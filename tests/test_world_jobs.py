@@ -233,7 +233,11 @@ def interval(mean: float, low: float, high: float) -> dict[str, float]:
     [
         (interval(-0.1, -0.2, -0.05), interval(3, 2, 4), ["more faithful", "probe amplifies"]),
         (interval(0.1, 0.05, 0.2), interval(1, 0.9, 4), ["less faithful", "does not clearly"]),
-        (interval(0.1, -0.05, 0.2), interval(0.5, 0.4, 0.6), ["no clear", "does not clearly"]),
+        (
+            interval(0.1, -0.05, 0.2),
+            interval(0.5, 0.4, 0.6),
+            ["not clearly different", "does not clearly"],
+        ),
     ],
 )
 def test_sentences_follow_the_numbers(difference, ratio, expected):

@@ -36,7 +36,7 @@ def _faithful(table: dict[str, Any]) -> str:
     agreement = table["attribution_patching"]["spearman_exact"]["mean"]
     lens = table["logit_lens"]["spearman_exact"]["mean"]
     difference = table["attribution_patching"]["minus_logit_lens"]["deletion_auc"]
-    reading = "no clear difference from"
+    reading = "not clearly different from"
     if difference["high"] < 0:
         reading = "more faithful than"
     if difference["low"] > 0:
