@@ -90,8 +90,8 @@ class PairPicture:
 class CueResult:
     """Effect of one cue on the text head and on the probe, in standard deviations of each score.
 
-    `planted` is False for a control: a cue that does not go with the label. Shares are the part of
-    the absolute attribution that falls on the latents of the cue.
+    `planted` is False for a control: a cue that does not go with the label. Shares are the
+    signed attribution of the cue's latents over the sum of all absolute attribution.
     """
 
     cue: str
