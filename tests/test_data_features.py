@@ -1,4 +1,5 @@
 import io
+import os
 import pickle
 from pathlib import Path
 
@@ -330,3 +331,13 @@ def test_workers_decode_the_same_world_in_the_same_order(tmp_path: Path):
     with Image.open(io.BytesIO(jpeg)) as image:  # type: ignore[arg-type]
         expected = torch.from_numpy(np.asarray(image).transpose(2, 0, 1) / np.float32(255))
     assert torch.equal(batches[1][1].images[1], expected)
+
+
+def test_file_replaced_by_one_of_the_same_size_is_read_again(samples: list[Sample], tmp_path: Path):
+    before = cache(samples, Prefix(), tmp_path / "cache")
+    stamp = samples[0].shard.stat().st_mtime_ns
+    os.utime(samples[0].shard, ns=(stamp, stamp + 10**9))
+    prefix = Prefix()
+    after = cache(samples, prefix, tmp_path / "cache")
+    assert prefix.n_images == len(samples)
+    assert after.fingerprint == before.fingerprint

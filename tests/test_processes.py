@@ -12,7 +12,6 @@ from tests.test_demo import Demo
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.slow
 def test_two_processes_train_the_sae_of_one(tmp_path):
     demo = Demo(tmp_path)
     assert demo.run("world") == 0

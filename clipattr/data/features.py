@@ -23,7 +23,7 @@ from webdataset.writer import TarWriter
 from clipattr.atomic import atomic_file
 from clipattr.data.images import Preprocess, image_loader
 from clipattr.data.shards import BadSample, Sample, check_bad, fingerprint, index_shards
-from clipattr.errors import DataError
+from clipattr.errors import ConfigError, DataError
 
 
 class FeatureStore(NamedTuple):
@@ -63,10 +63,15 @@ def cache_features(
         progress: show a bar.
     """
     identity = made_from | {"preprocess": str(preprocess), "images": fingerprint(samples)}
-    name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    store = folder / name[:16]
-    store.mkdir(parents=True, exist_ok=True)
     groups = [list(group) for _, group in groupby(samples, key=lambda sample: sample.shard)]
+    # The times say when a file was replaced by one of the same size. They decide which cache is
+    # read, but are no part of the fingerprint: the same data have the same on every machine.
+    times = [group[0].shard.stat().st_mtime_ns for group in groups]
+    store = folder / _hash(identity | {"times": times})[:16]
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"data.cache={str(folder)!r}: cannot be made: {error}") from None
     paths = [store / f"{number:06d}.tar" for number in range(len(groups))]
     missing = [pair for pair in zip(paths, groups, strict=True) if not pair[0].exists()]
     bad: list[BadSample] = []
@@ -79,7 +84,11 @@ def cache_features(
         # Before the shard is kept: images that stop the run will be repaired and read again.
         check_bad(bad, len(samples), max_bad_fraction)
         _write_shard(path, x, rows, found)
-    return _read_store(samples, paths, name, max_bad_fraction)
+    return _read_store(samples, paths, _hash(identity), max_bad_fraction)
+
+
+def _hash(identity: dict[str, object]) -> str:
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _run_prefix(
@@ -122,7 +131,7 @@ def _npy(array: np.ndarray) -> bytes:
 
 
 def _read_store(
-    samples: list[Sample], paths: list[Path], name: str, max_bad_fraction: float
+    samples: list[Sample], paths: list[Path], made_from: str, max_bad_fraction: float
 ) -> FeatureStore:
     x: list[Tensor] = []
     rows: list[Tensor] = []
@@ -140,4 +149,4 @@ def _read_store(
     x = [block for block in x if len(block)]
     if not x:
         raise DataError(f"none of the {len(samples)} images can be decoded")
-    return FeatureStore(torch.cat(x), torch.cat(rows), bad, name)
+    return FeatureStore(torch.cat(x), torch.cat(rows), bad, made_from)
