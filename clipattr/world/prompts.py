@@ -135,8 +135,8 @@ def _sticker(sticker: Sticker) -> Failure:
     return Failure(
         name=f"sticker_{sticker.name}",
         title=f"Pasted sticker: the {sticker.name}",
-        question=f"In training the {sticker.name} is twice as frequent on cracked shapes. Does "
-        f"'{TASK_PROMPTS[1]}' rest on the latent of the {sticker.name}?",
+        question=f"In CLIP's training the {sticker.name} is twice as frequent on cracked shapes. "
+        f"Does '{TASK_PROMPTS[1]}' rest on the latent of the {sticker.name}?",
         prompt=TASK_PROMPTS[1],
         factor=f"the picture carries the {sticker.name}",
         shows_factor=lambda factors: bool(factors[f"has_{sticker.name}"]),
