@@ -111,10 +111,8 @@ def pair_case():
     return rows, on_pairs, on_task
 
 
-def test_cue_effects_against_a_plain_loop():
-    rows, on_pairs, on_task = pair_case()
-    pairs = pair_scores(on_pairs, on_task, rows)
-    entry = measure_cue(
+def measure_tag(on_pairs, on_task, pairs):
+    return measure_cue(
         Sticker.tag,
         torch.tensor([0]),
         on_task=on_task,
@@ -123,6 +121,12 @@ def test_cue_effects_against_a_plain_loop():
         resamples=200,
         seed=SEED,
     )
+
+
+def test_cue_effects_against_a_plain_loop():
+    rows, on_pairs, on_task = pair_case()
+    pairs = pair_scores(on_pairs, on_task, rows)
+    entry = measure_tag(on_pairs, on_task, pairs)
     expected = {}
     for head in ("text", "probe"):
         scores = on_pairs[f"{head}.score"]
@@ -158,15 +162,7 @@ def test_amplification_of_an_effect_that_is_not_there_is_not_a_number():
     rows, on_pairs, on_task = pair_case()
     on_pairs["text.score"] = torch.randn(24, generator=rng()).double()
     pairs = pair_scores(on_pairs, on_task, rows)
-    entry = measure_cue(
-        Sticker.tag,
-        torch.tensor([0]),
-        on_task=on_task,
-        on_pairs=on_pairs,
-        pairs=pairs,
-        resamples=200,
-        seed=SEED,
-    )
+    entry = measure_tag(on_pairs, on_task, pairs)
     assert entry.effect_text.low < 0 < entry.effect_text.high
     assert entry.amplification.mean != entry.amplification.mean
 
