@@ -45,7 +45,7 @@ def main() -> None:
     codes = SparseCodes(indices, draw(N_ROWS, K).abs(), N_LATENTS)
     weights = normalize(draw(N_CLASSES, D_EMBED), dim=1)
     gamma, beta, projection = draw(D_MODEL), draw(D_MODEL), draw(D_MODEL, D_EMBED)
-    head = LastLayerHead(gamma, beta, 1e-5, projection, weights)
+    head = LastLayerHead(gamma, beta, 1e-5, projection, torch.zeros(D_EMBED), weights)
     table = build_lens_table(head, W_dec)
 
     def suffix(rows: torch.Tensor) -> torch.Tensor:

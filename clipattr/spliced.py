@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clipattr.clip.tower import Tower
+from clipattr.clip.cut import Cut
 from clipattr.codes import SparseCodes
 from clipattr.sae.topk import TopKSae
 
@@ -22,10 +22,10 @@ class Readout(NamedTuple):
 
 
 class Spliced:
-    """A tower with an SAE at its site; the error term stays, so no edit means no change."""
+    """A cut tower with an SAE at its site; the error term stays, so no edit means no change."""
 
-    def __init__(self, tower: Tower, sae: TopKSae) -> None:
-        self.tower = tower
+    def __init__(self, cut: Cut, sae: TopKSae) -> None:
+        self.cut = cut
         self.sae = sae
 
     @torch.no_grad()
@@ -38,4 +38,4 @@ class Spliced:
         self, codes: SparseCodes, error: Float[Tensor, "batch model"]
     ) -> Float[Tensor, "batch embed"]:
         """Un-normalised embedding of x_hat(codes) + error: the model under an edit of the codes."""
-        return self.tower.suffix(self.sae.decode(codes) + error)
+        return self.cut.suffix(self.sae.decode(codes) + error)

@@ -28,7 +28,12 @@ def head() -> LastLayerHead:
 
     # A large eps and rows of any length: neither may be assumed away.
     return LastLayerHead(
-        1 + 0.3 * draw(MODEL), 0.5 * draw(MODEL), 0.05, draw(MODEL, EMBED), draw(CLASSES, EMBED)
+        gamma=1 + 0.3 * draw(MODEL),
+        beta=0.5 * draw(MODEL),
+        eps=0.05,
+        projection=draw(MODEL, EMBED),
+        bias=draw(EMBED),
+        weights=draw(CLASSES, EMBED),
     )
 
 
@@ -49,7 +54,7 @@ def autograd_attribution(head: LastLayerHead, activations: Activations, targets:
 
     def suffix(x: Tensor) -> Tensor:
         normed = torch.nn.functional.layer_norm(x, (MODEL,), head.gamma, head.beta, head.eps)
-        return normed @ head.projection
+        return normed @ head.projection + head.bias
 
     bias = torch.zeros(CLASSES, dtype=torch.float64)
     return attribution_patching(HeadScore(suffix, head.weights, targets, bias), *activations)
@@ -102,8 +107,7 @@ def test_float32_inputs_give_a_float64_sum_close_to_the_exact_one(
     head: LastLayerHead, activations: Activations
 ):
     x, codes, W_dec = activations
-    gamma, beta, eps, projection, weights = head
-    single = LastLayerHead(gamma.float(), beta.float(), eps, projection.float(), weights.float())
+    single = LastLayerHead(*(p.float() if isinstance(p, Tensor) else p for p in head))
     codes_single = codes._replace(values=codes.values.float())
     table = build_lens_table(single, W_dec.float())
     rough = reliance_matrix(single, table, x.float(), codes_single, W_dec.float())

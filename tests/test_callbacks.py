@@ -14,7 +14,7 @@ from clipattr.callbacks import (
     ReconstructionCallback,
     RelianceCallback,
 )
-from clipattr.clip import Site, Tower, load_clip
+from clipattr.clip import Site, image_tower, load_clip
 from clipattr.config.choices import Method
 from clipattr.config.schema import DeviceConfig
 from clipattr.sae.topk import TopKSae
@@ -41,7 +41,7 @@ def scene(tmp_path_factory) -> Scene:
     sae.initialise_from(x)
     sae.requires_grad_(False)
     weights = normalize(torch.randn(3, 16, generator=generator), dim=1)
-    return Scene(Spliced(Tower(clip.model, Site()), sae), x, weights)
+    return Scene(Spliced(image_tower(clip.model).cut(Site()), sae), x, weights)
 
 
 def run(scene: Scene, folder, *callbacks) -> None:
@@ -53,10 +53,10 @@ def run(scene: Scene, folder, *callbacks) -> None:
 
 def plain_score(scene: Scene, x: Tensor, target: int) -> float:
     """Cosine of one activation with one row of the weights, written out."""
-    layer = scene.spliced.tower.last_layer(torch.float64)
+    layer = scene.spliced.cut.last_layer(torch.float64)
     x = x.double()
     bar = (x - x.mean()) / ((x - x.mean()).square().mean() + layer.eps).sqrt()
-    embedding = (layer.gamma * bar + layer.beta) @ layer.projection
+    embedding = (layer.gamma * bar + layer.beta) @ layer.projection + layer.bias
     return float(embedding @ scene.weights[target].double() / embedding.norm())
 
 
@@ -156,7 +156,7 @@ def test_reliance_is_the_mean_of_single_gradients(scene, tmp_path):
         parts = contributions(scene, image)
         for target in range(3):
             x = scene.x[image].clone().requires_grad_()
-            unit = normalize(scene.spliced.tower.suffix(x[None]), dim=1)[0]
+            unit = normalize(scene.spliced.cut.suffix(x[None]), dim=1)[0]
             (gradient,) = torch.autograd.grad(unit @ scene.weights[target], x)
             for j, part in parts.items():
                 expected[target, j] += part @ gradient.double() / N_IMAGES
@@ -204,7 +204,7 @@ def test_heads_give_scores_totals_and_cue_sums(scene, tmp_path):
     for number, name in enumerate(names):
         for image in (0, 17, 29):
             x = scene.x[image].clone().requires_grad_()
-            unit = normalize(scene.spliced.tower.suffix(x[None]), dim=1)[0]
+            unit = normalize(scene.spliced.cut.suffix(x[None]), dim=1)[0]
             score = unit @ scene.weights[number]
             (gradient,) = torch.autograd.grad(score, x)
             parts = contributions(scene, image)
@@ -229,7 +229,7 @@ def test_an_edit_is_the_edit_of_the_activation(scene):
     halved = readout.codes._replace(values=readout.codes.values / 2)
     edited = scene.spliced.embed(halved, readout.error)
     x = scene.x - readout.codes.decode(scene.spliced.sae.W_dec) / 2
-    torch.testing.assert_close(edited, scene.spliced.tower.suffix(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(edited, scene.spliced.cut.suffix(x), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -10,6 +10,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from clipattr.config.choices import Method, Precision
 from clipattr.config.fields import list_fields
 from clipattr.config.load import load_config, to_yaml
 from clipattr.config.schema import (
@@ -17,8 +18,6 @@ from clipattr.config.schema import (
     JOBS,
     TRAIN_JOBS,
     EvaluateWorld,
-    Method,
-    Precision,
     TrainProbe,
     TrainSae,
 )

@@ -17,38 +17,46 @@ from tests.tars import one, picture, sample, write_shard
 
 # Labels and JSON
 
-
-@pytest.mark.parametrize(("content", "label"), [(b"0", 0), (b"2", 2), (b" 1\n", 1)])
-def test_class_number(tmp_path: Path, content: bytes, label: int):
-    assert read_label(one(tmp_path, cls=content), "cls", 3) == label
-
-
-@pytest.mark.parametrize("content", [b"3", b"-1", b"one", b"1.0", b"", b"\xff"])
-def test_bad_class_number(tmp_path: Path, content: bytes):
-    found = one(tmp_path, cls=content)
-    with pytest.raises(DataError, match=rf"{found.shard}: label 'cls' of sample 'a' .*0 to 2$"):
-        read_label(found, "cls", 3)
+CLASSES = ["star", "star fish", "bolt"]
 
 
 @pytest.mark.parametrize(
-    ("value", "label"), [(2, 2), ("2", 2), (True, 1), (False, 0)], ids=["int", "text", "yes", "no"]
+    ("content", "label"), [(b"0", 0), (b"2", 2), (b" 1\n", 1), (b"bolt", 2), (b"star fish\n", 1)]
+)
+def test_class_number(tmp_path: Path, content: bytes, label: int):
+    assert read_label(one(tmp_path, cls=content), "cls", CLASSES) == label
+
+
+@pytest.mark.parametrize("content", [b"3", b"-1", b"one", b"1.0", b"", b"\xff", b"stars", b"Bolt"])
+def test_bad_class_number(tmp_path: Path, content: bytes):
+    found = one(tmp_path, cls=content)
+    with pytest.raises(
+        DataError, match=rf"{found.shard}: label 'cls' of sample 'a' .*0 to 2 and the n"
+    ):
+        read_label(found, "cls", CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [(2, 2), ("2", 2), (True, 1), (False, 0), ("star fish", 1)],
+    ids=["int", "text", "yes", "no", "name"],
 )
 def test_label_in_json(tmp_path: Path, value: object, label: int):
     found = one(tmp_path, json=json.dumps({"group": value}).encode())
-    assert read_label(found, "json:group", 3) == label
+    assert read_label(found, "json:group", CLASSES) == label
 
 
 @pytest.mark.parametrize("value", [3, -1, 1.5, None, "yes", [1], float("nan")])
 def test_bad_label_in_json(tmp_path: Path, value: object):
     found = one(tmp_path, json=json.dumps({"group": value}).encode())
-    with pytest.raises(DataError, match=r"label 'json:group' of sample 'a' is .*0 to 2$"):
-        read_label(found, "json:group", 3)
+    with pytest.raises(DataError, match=r"label 'json:group' of sample 'a' is .*0 to 2 and the n"):
+        read_label(found, "json:group", CLASSES)
 
 
 def test_json_without_the_key(tmp_path: Path):
     found = one(tmp_path, json=b'{"label": 1}')
     with pytest.raises(DataError, match=rf"{found.shard}: a.json has no key 'group'"):
-        read_label(found, "json:group", 3)
+        read_label(found, "json:group", CLASSES)
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe", b"{'a': 1}"])

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from clipattr.config.schema import EVALUATE_JOBS, TRAIN_JOBS
 from clipattr.main import run_script
@@ -155,7 +156,7 @@ def test_clip_runs_once_per_image(demo, monkeypatch):
     def forbidden(*_):
         raise AssertionError("the prefix ran although its activations are cached")
 
-    monkeypatch.setattr("clipattr.clip.tower.Tower.prefix", forbidden)
+    monkeypatch.setattr("clipattr.clip.images.OpenClipImages.embed", forbidden)
     assert demo.run("sae", "name=demo/sae-again", "sae.k=5") == 0
 
 
@@ -164,6 +165,27 @@ def test_same_seed_gives_the_same_sae(demo):
     assert demo.run("sae", "name=demo/sae-twin") == 0
     weights = [demo.runs / "demo" / run / "sae.safetensors" for run in ("sae", "sae-twin")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+@pytest.mark.parametrize(("stream", "width"), [("neurons", 128), ("heads", 32), ("embedding", 16)])
+def test_an_sae_of_another_site(demo, capsys, stream, width):
+    layer = -1 if stream == "embedding" else 0
+    site = (f"site.layer={layer}", f"site.stream={stream}")
+    assert demo.run("sae", f"name=demo/{stream}", *site) == 0
+    record = demo.read(stream, "sae.json")
+    assert record["site"] == {"layer": layer % 2, "stream": stream, "tokens": "cls"}
+    weights = load_file(demo.runs / "demo" / stream / "sae.safetensors")
+    assert weights["W_dec"].shape == (48, width)
+    message = message_of(demo, capsys, "evaluate", f"sae={demo.runs}/demo/{stream}", "name=demo/x")
+    assert stream in message
+
+
+def test_a_probe_of_a_tower_without_sites(demo, tmp_path):
+    """A ResNet embeds images, which is all that a probe needs."""
+    vision = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 16, "patch_size": None}
+    model = save_tiny_clip(tmp_path / "resnet", vision_cfg=vision)
+    assert demo.run("probe", f"model.name={model}", "name=demo/resnet") == 0
+    assert demo.read("resnet", "probe.json")["metrics"]["train_accuracy"] > 0.4
 
 
 def test_zeroshot_is_a_share_of_images(demo):
@@ -205,7 +227,7 @@ def test_sae_of_another_site_is_refused(demo, capsys):
         (["held_out=nowhere"], "held_out='nowhere'"),
         (["data.shards=nowhere{0..1}.tar"], "nowhere0.tar does not exist"),
         (["trainer.devices=3"], "does not divide by trainer.devices=3"),
-        (["site.layer=0"], "after the last block only"),
+        (["site.layer=9"], "site.layer=9: the tower has 2 layers"),
         (["sae.k=49"], "larger than sae.n_latents"),
         (["sae.batch_size=1000"], "the shards hold 60 rows"),
     ],
@@ -245,7 +267,7 @@ def test_typo_destroys_nothing(demo, capsys):
     folder = demo.runs / "demo" / "kept"
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
     message_of(demo, capsys, "sae", "name=demo/kept", "model.name=ViT-B-99")
-    message_of(demo, capsys, "sae", "name=demo/kept", "site.layer=0")
+    message_of(demo, capsys, "sae", "name=demo/kept", "site.layer=9")
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 

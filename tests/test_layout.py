@@ -73,7 +73,7 @@ def test_every_setting_is_read():
     """A field that nothing reads is a bug: its name occurs as an attribute outside the schema."""
     read = {"job"}  # the loader reads it, as a key, to choose the class
     for path in SOURCES:
-        if path.name == "schema.py":
+        if path.parent.name == "config":
             continue
         nodes = ast.walk(ast.parse(path.read_text()))
         read |= {

@@ -8,7 +8,7 @@ import open_clip
 import torch
 from safetensors.torch import save_file
 
-from clipattr.clip.loading import BUNDLED, CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE
+from clipattr.clip.names import BUNDLED, CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE
 
 CONFIG = {
     "model_cfg": {
@@ -32,10 +32,11 @@ CONFIG = {
 }
 
 
-def save_tiny_clip(folder: Path, *, seed: int = 0) -> str:
-    """Write the folder; returns the name that `load_clip` takes."""
+def save_tiny_clip(folder: Path, *, seed: int = 0, **changes: object) -> str:
+    """Write the folder; returns the name that `load_clip` takes. `changes` are of model_cfg."""
     folder.mkdir(parents=True)
-    (folder / CONFIG_FILE).write_text(json.dumps(CONFIG))
+    config = CONFIG | {"model_cfg": CONFIG["model_cfg"] | changes}
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
     shutil.copyfile(BUNDLED["planted-world"] / MERGES_FILE, folder / MERGES_FILE)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -15,9 +15,9 @@ from clipattr.codes import SparseCodes
 
 
 class LastLayerHead(NamedTuple):
-    """Layer norm (gamma, beta, eps), projection P, and the class rows w_c of the head.
+    """Layer norm (gamma, beta, eps), projection P with bias b, and the class rows w_c of the head.
 
-        z = gamma * x_bar + beta,  e = z P,  y_c = e . w_c / |e|
+        z = gamma * x_bar + beta,  e = z P + b,  y_c = e . w_c / |e|
 
     A probe's bias is missing on purpose: it has no gradient.
     """
@@ -26,6 +26,7 @@ class LastLayerHead(NamedTuple):
     beta: Float[Tensor, " model"]
     eps: float
     projection: Float[Tensor, "model embed"]
+    bias: Float[Tensor, " embed"]
     weights: Float[Tensor, "class embed"]
 
 
@@ -135,7 +136,7 @@ def _read_state(head: LastLayerHead, x: Float[Tensor, "batch model"]) -> _State:
     deviation = (centred.square().mean(dim=-1, keepdim=True) + head.eps).sqrt()
     x_bar = centred / deviation
     linear = (x_bar * head.gamma) @ head.projection
-    embedding = linear + head.beta @ head.projection
+    embedding = linear + head.beta @ head.projection + head.bias
     length = embedding.norm(dim=-1, keepdim=True)
     return _State(x_bar, deviation, linear, embedding / length, length)
 

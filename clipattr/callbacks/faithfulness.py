@@ -82,7 +82,7 @@ class FaithfulnessCallback(ReadoutCallback):
         self.resamples = resamples
         self.seed = seed
         self.W_dec = spliced.sae.W_dec.detach()
-        self.lens = logit_lens_table(spliced.tower.suffix, self.W_dec, weights)
+        self.lens = logit_lens_table(spliced.cut.suffix, self.W_dec, weights)
         self.tables = {method: PerImage(COLUMNS) for method in methods}
         self.scores = PerImage(GAP_COLUMNS)
         self.curves = {method: MatrixSum(2, self.n_steps + 1) for method in methods}
@@ -97,7 +97,7 @@ class FaithfulnessCallback(ReadoutCallback):
             return
         x, codes, rows = readout.x[chosen], readout.codes.select(chosen), readout.rows[chosen]
         score = HeadScore(
-            self.spliced.tower.suffix,
+            self.spliced.cut.suffix,
             self.weights,
             # One row per image of this batch: `images` counts within the batch.
             self.targets[rows],

@@ -34,7 +34,7 @@ class HeadsCallback(ReadoutCallback):
         cue_latents: dict[str, Int[Tensor, " cue"]],
     ) -> None:
         self.spliced = spliced
-        self.head = LastLayerHead(*spliced.tower.last_layer(), weights)
+        self.head = LastLayerHead(*spliced.cut.last_layer(), weights)
         self.bias = bias
         self.W_dec = spliced.sae.W_dec.detach()
         self.cue_latents = cue_latents
@@ -71,7 +71,7 @@ class HeadsCallback(ReadoutCallback):
         self.table.update(readout.rows, torch.stack(columns, dim=1))
 
     def _score(self, x: Float[Tensor, "batch model"]) -> Float[Tensor, "batch head"]:
-        unit = normalize(self.spliced.tower.suffix(x), dim=-1)
+        unit = normalize(self.spliced.cut.suffix(x), dim=-1)
         return unit @ self.head.weights.T + self.bias
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -28,7 +28,7 @@ class ReconstructionCallback(ReadoutCallback):
         recon = readout.x - readout.error
         self.reconstruction.update(readout.x, recon, readout.codes)
         spliced = self.spliced.embed(readout.codes, readout.error)
-        clean = self.spliced.tower.suffix(readout.x)
+        clean = self.spliced.cut.suffix(readout.x)
         self.splice_error.update((spliced - clean).abs().max())
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -15,7 +15,7 @@ class RelianceCallback(ReadoutCallback):
     """Fills `mean_attribution` [class, latent]: sum of R over images / their number."""
 
     def __init__(self, spliced: Spliced, weights: Float[Tensor, "class embed"]) -> None:
-        self.head = LastLayerHead(*spliced.tower.last_layer(), weights)
+        self.head = LastLayerHead(*spliced.cut.last_layer(), weights)
         self.W_dec = spliced.sae.W_dec.detach()
         self.table = build_lens_table(self.head, self.W_dec)
         self.total = MatrixSum(len(weights), spliced.sae.n_latents)

@@ -4,30 +4,41 @@ Nothing is unpickled (safetensors, or torch.load with weights_only), and a model
 is an error: open_clip itself only warns and goes on with random ones.
 """
 
-import difflib
 import hashlib
-import json
+import importlib.util
 import logging
+import math
+import os
+import pickle
+import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import open_clip
 import torch
 from jaxtyping import Float, Int
+from open_clip.hf_model import HFTextEncoder
+from open_clip.transformer import AttentionalPooler, TextTransformer
 from PIL import Image
 from torch import Tensor, nn
 
+from clipattr.clip.hub import require_model, require_text_files
+from clipattr.clip.names import (
+    LOCAL_DIR,
+    MERGES_FILE,
+    architecture_folder,
+    resolve_name,
+)
+from clipattr.clip.texts import find_text_trunk
+from clipattr.clip.tower import Tower
 from clipattr.errors import CheckpointError, ConfigError
 
-BUNDLED = {"planted-world": Path(__file__).parent / "bundled"}
-MERGES_FILE = "bpe_merges.txt.gz"
-CONFIG_FILE = "open_clip_config.json"
-WEIGHTS_FILE = "open_clip_model.safetensors"
-LOCAL_DIR = "local-dir:"
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+UNPICKLE = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 Preprocess = Callable[[Image.Image], Float[Tensor, "channel height width"]]
 Tokenizer = Callable[[list[str]], Int[Tensor, "prompt position"]]
@@ -42,158 +53,199 @@ class Clip:
     preprocess: Preprocess
     tokenizer: Tokenizer
     weights_sha256: str
+    precision: str
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the towers compute in, layer norms of open_clip's own towers aside (float32)."""
+        return PRECISIONS[self.precision]
+
+    @property
+    def logit_scale(self) -> float:
+        """What a cosine is multiplied with; beside a timm tower its logarithm is in `dtype`."""
+        return math.exp(float(cast(Tensor, self.model.logit_scale)))
+
+    @property
+    def logit_bias(self) -> float | None:
+        """What is added to a scaled cosine, by models whose probability is a sigmoid (SigLIP)."""
+        bias = cast(Tensor | None, self.model.logit_bias)
+        return None if bias is None else float(bias)
+
     def to(self, device: torch.device | str) -> "Clip":
         """Move the weights in place."""
         self.model.to(device)
         return self
 
+    def encode_image(
+        self, images: Float[Tensor, "image channel height width"]
+    ) -> Float[Tensor, "image embed"]:
+        """Embeddings before normalisation, of any open_clip model; images are cast and moved."""
+        encode = cast(Callable[..., Tensor], self.model.encode_image)
+        return encode(images.to(self.device, self.dtype), normalize=False)
+
+    def encode_text(self, tokens: Int[Tensor, "prompt position"]) -> Float[Tensor, "prompt embed"]:
+        """Embeddings before normalisation, of what `tokenizer` makes.
+
+        A tower that can be cut reads a batch no further than the end of its longest prompt.
+        """
+        tokens = tokens.to(self.device)
+        if trunk := find_text_trunk(self.model):
+            return Tower(trunk).embed(tokens)
+        encode = cast(Callable[..., Tensor], self.model.encode_text)
+        return encode(tokens, normalize=False)
+
 
 def load_clip(
-    name: str, *, pretrained: str | None = None, device: torch.device | str = "cpu"
+    name: str,
+    *,
+    pretrained: str | None = None,
+    precision: str = "fp32",
+    device: torch.device | str = "cpu",
 ) -> Clip:
     """Load a bundled name, an open_clip architecture, `hf-hub:<id>` or `local-dir:<folder>`.
 
     Args:
         name: what to load.
         pretrained: weight tag or local checkpoint file; needed with an architecture name only.
+        precision: of the weights, fp32, bf16 or fp16; layer norms are as open_clip has them.
         device: where the weights go.
+
+    Raises:
+        ConfigError: a name, a tag or a package that does not exist; no weights were downloaded.
+        CheckpointError: weights that are missing, unreachable, broken or of another model.
     """
-    resolved = _resolve(name, pretrained)
-    try:
-        with _quiet_open_clip(), warnings.catch_warnings():
-            # Another activation function than the one in training gives wrong features silently.
-            warnings.filterwarnings("error", ".*QuickGELU mismatch.*")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"model.precision={precision!r}: must be one of {', '.join(PRECISIONS)}")
+    if os.environ.get(UNPICKLE, "0") != "0":
+        # open_clip repeats a load that ends in a TypeError, without its own weights_only.
+        raise ConfigError(f"{UNPICKLE} is set: a file of weights could run code. Unset it")
+    resolved = resolve_name(name, pretrained)
+    asked = f"model.name={name!r}" + (f", model.pretrained={pretrained!r}" if pretrained else "")
+    with _loading(asked):
+        require_model(resolved, pretrained)
+        text = (open_clip.get_model_config(resolved) or {}).get("text_cfg", {})
+        _check_text(text)
+        require_text_files(resolved, text)
+        with _quiet_open_clip():
             model, _, preprocess = open_clip.create_model_and_transforms(
-                resolved, pretrained=pretrained, require_pretrained=True
+                resolved, pretrained=pretrained, precision=precision, require_pretrained=True
             )
-    except Exception as error:
-        raise CheckpointError(
-            f"model {name!r} (pretrained={pretrained!r}) could not be loaded: {error}. "
-            f"Offline, name a folder with {CONFIG_FILE} and weights: local-dir:<folder>"
-        ) from error
+        tokenizer = _build_tokenizer(resolved, model)
+    _lower_the_rest(model, PRECISIONS[precision])
     model.requires_grad_(False).eval().to(device)
     return Clip(
         name=name,
         model=model,
         preprocess=cast(Preprocess, preprocess),
-        tokenizer=_tokenizer(resolved),
+        tokenizer=tokenizer,
         weights_sha256=hash_weights(model),
+        precision=precision,
     )
 
 
 def build_clip(architecture: str) -> tuple[nn.Module, Preprocess, Tokenizer]:
     """An untrained model of a bundled name or of a folder with an open_clip_config.json."""
-    folder = architecture_folder(architecture)
-    with _quiet_open_clip():
-        model, _, preprocess = open_clip.create_model_and_transforms(
-            f"{LOCAL_DIR}{folder}", load_weights=False
-        )
-    return model, cast(Preprocess, preprocess), _tokenizer(f"{LOCAL_DIR}{folder}")
-
-
-def architecture_folder(architecture: str) -> Path:
-    """Where the open_clip_config.json of a bundled name or a folder lies."""
-    folder = BUNDLED.get(architecture, Path(architecture))
-    if not (folder / CONFIG_FILE).is_file():
-        raise ConfigError(
-            f"clip.architecture={architecture!r}: no {CONFIG_FILE} found there; name one of "
-            f"{sorted(BUNDLED)} or a folder that holds one"
-        )
-    return folder
-
-
-def local_files(name: str, pretrained: str | None) -> list[Path]:
-    """The files of a bundled model, a local folder or a local checkpoint; none of a remote one."""
-    if pretrained is not None:
-        return [Path(pretrained)] if Path(pretrained).is_file() else []
-    resolved = f"{LOCAL_DIR}{BUNDLED[name]}" if name in BUNDLED else name
-    if not resolved.startswith(LOCAL_DIR):
-        return []
-    folder = Path(resolved.removeprefix(LOCAL_DIR))
-    return sorted(path for path in folder.glob("*") if path.is_file())
+    resolved = f"{LOCAL_DIR}{architecture_folder(architecture)}"
+    with _loading(f"clip.architecture={architecture!r}"):
+        with _quiet_open_clip():
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                resolved, load_weights=False
+            )
+        return model, cast(Preprocess, preprocess), _build_tokenizer(resolved, model)
 
 
 def hash_weights(model: nn.Module) -> str:
-    """sha256 over the names and the bytes of all weights, on whatever device they are."""
+    """sha256 over the names and the bytes of all weights, and over the kind of every module.
+
+    Equal weights compute something else with another activation function or number of heads.
+    """
     digest = hashlib.sha256()
+    for name, module in model.named_modules():
+        digest.update(f"{name} {type(module).__name__} {getattr(module, 'num_heads', '')}".encode())
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
         digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
-def _resolve(name: str, pretrained: str | None) -> str:
-    has_weights = name in BUNDLED or name.startswith((LOCAL_DIR, "hf-hub:"))
-    if has_weights and pretrained is not None:
-        # open_clip would only warn, and load other weights than the ones that were asked for.
-        raise ConfigError(
-            f"model.name={name!r} brings its own weights: model.pretrained={pretrained!r} is "
-            "allowed with an open_clip architecture only"
+def _check_text(text: Mapping[str, Any]) -> None:
+    if text.get("tokenizer_kwargs", {}).get("trust_remote_code"):
+        raise CheckpointError(
+            "its config sets tokenizer_kwargs.trust_remote_code, which would run code of the "
+            "model's folder; clipattr runs none"
         )
-    if name in BUNDLED:
-        return f"{LOCAL_DIR}{BUNDLED[name]}"
-    if name.startswith(LOCAL_DIR):
-        _check_folder(name)
-        return name
-    if name.startswith("hf-hub:"):
-        return name
-    known = open_clip.list_models()
-    if name.replace("/", "-") not in known:
-        near = difflib.get_close_matches(name, [*known, *BUNDLED], n=3, cutoff=0.4)
+    needs_package = text.get("hf_tokenizer_name") or text.get("hf_model_name")
+    if needs_package and importlib.util.find_spec("transformers") is None:
         raise ConfigError(
-            f"model.name={name!r} is unknown; nearest: {', '.join(near) or 'none'}. Allowed: "
-            f"{', '.join(BUNDLED)}, an open_clip architecture, hf-hub:<id> or local-dir:<folder>"
+            f"its text side ({needs_package}) needs the package transformers: "
+            "pip install 'clipattr[hf]'"
         )
-    if pretrained is None:
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        raise ConfigError(
-            f"model.name={name!r} needs model.pretrained: one of {', '.join(tags) or '(no tags)'}, "
-            "or a local checkpoint file"
-        )
-    return name
 
 
-def _check_folder(name: str) -> None:
-    folder = Path(name.removeprefix(LOCAL_DIR))
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        found = "the folder exists" if folder.is_dir() else "the folder does not exist"
-        raise ConfigError(f"model.name={name!r}: {path} is missing ({found})")
-    try:
-        json.loads(path.read_text())["model_cfg"]
-    except (ValueError, KeyError, TypeError) as error:  # no JSON, no such key, no object
-        raise ConfigError(f"model.name={name!r}: {path} holds no valid model_cfg") from error
+def _lower_the_rest(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what open_clip's `precision` forgets; CoCa and transformers text towers would crash."""
+    for module in model.modules():
+        if isinstance(module, HFTextEncoder):
+            module.to(dtype)
+        elif isinstance(module, (AttentionalPooler, TextTransformer)):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(dtype)
 
 
-def _tokenizer(resolved: str) -> Tokenizer:
+def _build_tokenizer(resolved: str, model: nn.Module) -> Tokenizer:
     # open_clip has no field for a merges file inside a local folder, only a constructor argument.
     merges = Path(resolved.removeprefix(LOCAL_DIR)) / MERGES_FILE
     has_merges = resolved.startswith(LOCAL_DIR) and merges.is_file()
     with _quiet_open_clip():
-        config = open_clip.get_model_config(resolved) or {}
-        options = config.get("text_cfg", {}).get("tokenizer_kwargs", {})
-        if options.get("trust_remote_code"):
-            raise CheckpointError(
-                f"{resolved}: its config sets tokenizer_kwargs.trust_remote_code, which would run "
-                "code of the model's folder; clipattr runs none"
-            )
         if has_merges:
-            return open_clip.get_tokenizer(resolved, bpe_path=str(merges))
-        return open_clip.get_tokenizer(resolved)
+            tokenizer = open_clip.get_tokenizer(resolved, bpe_path=str(merges))
+        else:
+            tokenizer = open_clip.get_tokenizer(resolved)
+    known = cast(int, getattr(model, "text", model).vocab_size)
+    if isinstance(tokenizer, open_clip.SimpleTokenizer) and tokenizer.vocab_size > known:
+        raise CheckpointError(
+            f"its tokenizer has {tokenizer.vocab_size} tokens and its text tower knows {known}: "
+            f"the merges of its own vocabulary are read from a {LOCAL_DIR} folder, as {MERGES_FILE}"
+        )
+    return tokenizer
+
+
+@contextmanager
+def _loading(asked: str) -> Iterator[None]:
+    """Whatever goes wrong inside becomes one readable message."""
+    try:
+        yield
+    except Exception as error:
+        kind = ConfigError if isinstance(error, ConfigError) else CheckpointError
+        raise kind(f"{asked} could not be loaded: {_explain(error)}") from error
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, (ConfigError, CheckpointError)):
+        return str(error)
+    if isinstance(error, pickle.UnpicklingError) or "TorchScript" in str(error):
+        return (
+            "its file is neither safetensors nor tensors saved by torch.save, and nothing is "
+            "executed here, as a pickle or TorchScript would be. Where you trust it, convert it: "
+            "safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
+        )
+    # open_clip and torch list every weight that does not fit.
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 400, placeholder=" ...")
 
 
 @contextmanager
 def _quiet_open_clip() -> Iterator[None]:
-    """open_clip narrates its loading on the root logger; errors still reach the user."""
+    """open_clip narrates its loading on the root logger, and repeats there what it raises."""
     previous = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.ERROR)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*(TorchScript archive|pickle protocol)")
+            yield
     finally:
         logging.disable(previous)

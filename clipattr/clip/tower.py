@@ -1,88 +1,83 @@
-"""Cut open_clip's image tower at a site: `suffix(prefix(images))` equals the model.
+"""The image and the text tower of a CLIP model."""
 
-This version cuts at the class token after the last block, where the suffix is a layer norm and a
-projection. An earlier site is refused, not approximated.
-"""
+from collections.abc import Sequence
 
-from typing import NamedTuple
-
-import torch
-from jaxtyping import Float
-from open_clip.transformer import VisionTransformer
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from clipattr.clip.attention import HeadMaps, attention_weights
+from clipattr.clip.blocks import Block
+from clipattr.clip.cut import Activation, Cut, Inputs, capture, resolve_layer
+from clipattr.clip.images import image_trunk
 from clipattr.clip.site import Site
+from clipattr.clip.texts import text_trunk
+from clipattr.clip.trunk import Tokens, Trunk
 from clipattr.errors import ConfigError
 
 
-class LastLayer(NamedTuple):
-    """The weights between the last block's class token x and the embedding e.
-
-    e = (gamma * (x - mean x) / sqrt(var x + eps) + beta) P
-    """
-
-    gamma: Float[Tensor, " model"]
-    beta: Float[Tensor, " model"]
-    eps: float
-    projection: Float[Tensor, "model embed"]
-
-
 class Tower:
-    """The image tower of a CLIP model, cut at a site."""
+    """A tower as a whole: embed, cut, read several sites at once, look at its heads."""
 
-    def __init__(self, model: nn.Module, site: Site) -> None:
-        visual = model.visual
-        if not isinstance(visual, VisionTransformer):
-            raise ConfigError(
-                f"the image tower is a {type(visual).__name__}; sites exist in open_clip's "
-                "VisionTransformer only"
-            )
-        if visual.attn_pool is not None or visual.pool_type != "tok" or visual.proj is None:
-            raise ConfigError(
-                f"the image tower pools with {visual.pool_type!r}; this version needs the class "
-                "token followed by a projection"
-            )
-        assert isinstance(visual.ln_post, nn.LayerNorm), "open_clip norms are LayerNorms"
-        self.visual = visual
-        self.norm: nn.LayerNorm = visual.ln_post
-        self.projection: Tensor = visual.proj
-        self.n_layers = len(visual.transformer.resblocks)
-        self.site = Site(self._layer_of(site), site.stream, site.tokens)
+    def __init__(self, trunk: Trunk) -> None:
+        self.trunk = trunk
+        self.n_layers = len(trunk.blocks)
+        self.d_model = trunk.d_model
+        self.n_prefix = trunk.n_prefix
+        self.has_cls = trunk.has_cls
 
-    def _layer_of(self, site: Site) -> int:
-        layer = site.layer + self.n_layers if site.layer < 0 else site.layer
-        if layer != self.n_layers - 1:
-            raise ConfigError(
-                f"site.layer={site.layer} of a tower with {self.n_layers} layers: this version "
-                f"cuts after the last block only (-1 or {self.n_layers - 1})"
-            )
-        if (site.stream, site.tokens) != ("residual", "cls"):
-            raise ConfigError(
-                f"site.stream={site.stream!r}, site.tokens={site.tokens!r}: this version reads "
-                "the residual stream of the cls token only"
-            )
-        return layer
+    def embed(self, inputs: Inputs) -> Float[Tensor, "batch embed"]:
+        """The un-normalised embedding; of prompts no further than the longest one is read."""
+        return Cut(self.trunk, Site(-1, "embedding")).read(self.trunk.trim(inputs))
 
-    @property
-    def d_model(self) -> int:
-        """Width of the activation at the site."""
-        return self.visual.transformer.width
+    def cut(self, site: Site) -> Cut:
+        """The tower in two halves; ConfigError for a site that it does not have."""
+        return Cut(self.trunk, site)
 
-    def prefix(
-        self, images: Float[Tensor, "batch channel height width"]
-    ) -> Float[Tensor, "batch model"]:
-        """From images to the activation x at the site."""
-        return self.visual.transformer(self.visual._embeds(images))[:, 0]
+    def capture(self, inputs: Inputs, sites: Sequence[Site]) -> dict[Site, Activation]:
+        """Activations at several sites in one pass, which ends at the last of them."""
+        return capture(self.trunk, inputs, sites)
 
-    def suffix(self, x: Float[Tensor, "rows model"]) -> Float[Tensor, "rows embed"]:
-        """From x to the un-normalised embedding e."""
-        return self.norm(x) @ self.projection
+    def attention_weights(
+        self,
+        layer: int,
+        before: Tokens,
+        inputs: Int[Tensor, "batch position"] | None = None,
+    ) -> Float[Tensor, "batch head query key"]:
+        """How much every token reads from every other, per head.
 
-    def last_layer(self, dtype: torch.dtype = torch.float32) -> LastLayer:
-        """The suffix's weights, for closed forms."""
-        return LastLayer(
-            self.norm.weight.detach().to(dtype),
-            self.norm.bias.detach().to(dtype),
-            self.norm.eps,
-            self.projection.detach().to(dtype),
-        )
+        Args:
+            layer: of the block; negative counts from the end.
+            before: x at Site(layer, "residual_before", "all").
+            inputs: token ids, in a text tower.
+        """
+        block = self._block(layer)
+        context = self.trunk.contexts(inputs)[layer]
+        return attention_weights(block.attention, block.before_attention(before), context)
+
+    def head_maps(self, layer: int) -> HeadMaps:
+        """The value-output maps of a block, on its normed input; see `HeadMaps`."""
+        return self._block(layer).head_maps()
+
+    def normed_input(self, layer: int, before: Tokens) -> Tokens:
+        """What the heads of a block read: its input, behind the norm where that comes first."""
+        return self._block(layer).before_attention(before)
+
+    def _block(self, layer: int) -> Block:
+        return self.trunk.blocks[resolve_layer(self.trunk, layer)]
+
+
+def image_tower(model: nn.Module) -> Tower:
+    """The image tower of an open_clip model; ConfigError for one that cannot be cut."""
+    _check_eval(model)
+    return Tower(image_trunk(model))
+
+
+def text_tower(model: nn.Module) -> Tower:
+    """The text tower of an open_clip model; ConfigError for one that cannot be cut."""
+    _check_eval(model)
+    return Tower(text_trunk(model))
+
+
+def _check_eval(model: nn.Module) -> None:
+    if model.training:
+        raise ConfigError("the model is in training mode: call model.eval() before cutting it")

@@ -10,9 +10,16 @@ class Tokens(Enum):
 
 
 class Stream(Enum):
-    """Which stream of the tower is read."""
+    """Which stream of the tower is read; docs/sites.md explains each."""
 
+    residual_before = "residual_before"
+    heads = "heads"
+    attention = "attention"
+    residual_middle = "residual_middle"
+    neurons = "neurons"
+    mlp = "mlp"
     residual = "residual"
+    embedding = "embedding"
 
 
 class Logger(Enum):
@@ -28,6 +35,14 @@ class Precision(Enum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+
+
+class WeightPrecision(Enum):
+    """Weights of a frozen model; layer norms are computed in float32 where open_clip does so."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
 
 
 class Method(Enum):

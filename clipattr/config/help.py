@@ -17,8 +17,9 @@ the defaults below; key=value wins over the file, for example trainer.devices=2
 def format_help(script: str, jobs: dict[str, type[JobConfig]]) -> str:
     """Usage, the jobs with one line each, and every field: name, type, default, doc."""
     lines = [USAGE.format(script=script), "jobs:"]
+    width = max(map(len, jobs)) + 2
     for name, job in jobs.items():
-        lines.append(f"  {name:<18}{summarise(job)}")
+        lines.append(f"  {name:<{width}}{summarise(job)}")
     users: dict[Field, list[str]] = {}
     for name, job in jobs.items():
         for field in list_fields(job()):

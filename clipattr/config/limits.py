@@ -26,3 +26,9 @@ def check_divides(batch_size: int, name: str, devices: int) -> None:
             f"{name}={batch_size} does not divide by trainer.devices={devices}: every device takes "
             "the same share of a batch"
         )
+
+
+def check_label(prefix: str, label: str) -> None:
+    """A label names the field of a sample that holds the class."""
+    if label != "cls" and not label.startswith("json:"):
+        raise ConfigError(f"{prefix}.label={label!r}: must be cls or json:<key>")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clipattr.config.choices import Logger, Method, Precision, Stream, Tokens
-from clipattr.config.limits import check_divides, check_not_negative, check_positive
+from clipattr.config.choices import Logger, Precision, Stream, Tokens, WeightPrecision
+from clipattr.config.evaluation import EvaluationConfig, ZeroshotConfig
+from clipattr.config.limits import check_divides, check_label, check_not_negative, check_positive
 from clipattr.errors import ConfigError
 
 
@@ -22,6 +23,8 @@ class ModelConfig:
     """planted-world (bundled), an open_clip architecture, hf-hub:<id> or local-dir:<folder>"""
     pretrained: str | None = None
     """open_clip weight tag or a local checkpoint file; only with an architecture name"""
+    precision: WeightPrecision = WeightPrecision.fp32
+    """fp32, bf16 or fp16: what the weights are in and the towers compute in"""
 
 
 @dataclass
@@ -31,9 +34,9 @@ class SiteConfig:
     layer: int = -1
     """block whose output is read; negative counts from the end"""
     stream: Stream = Stream.residual
-    """residual: the residual stream after the block"""
+    """residual: the residual stream after the block; the others name what is inside it"""
     tokens: Tokens = Tokens.cls
-    """cls: the class token"""
+    """cls: the class token, one row per image"""
 
 
 @dataclass
@@ -121,7 +124,7 @@ class JobConfig:
         found: dict[str, str] = {}
         model, data = getattr(self, "model", None), getattr(self, "data", None)
         if isinstance(model, ModelConfig) and model.name.startswith("local-dir:"):
-            found["model.name"] = model.name.removeprefix("local-dir:")
+            found["model.name"] = model.name
         if isinstance(data, DataConfig):
             found["data.shards"] = data.shards
         for name in ("held_out", "world", "sae", "probe"):
@@ -133,8 +136,9 @@ class JobConfig:
     def check_paths(self) -> None:
         """Raise ConfigError for a path that is not there; brace patterns are expanded later."""
         for name, path in self.paths().items():
-            if not set(path) & set("{}:") and not Path(path).exists():
-                raise ConfigError(f"{name}={path!r}: {path} does not exist")
+            place = path.removeprefix("local-dir:")
+            if not set(place) & set("{}:") and not Path(place).exists():
+                raise ConfigError(f"{name}={path!r}: {place} does not exist")
 
     def check(self) -> None:
         """Raise ConfigError when a value or a combination cannot work."""
@@ -143,7 +147,8 @@ class JobConfig:
             raise ConfigError(f"name={self.name!r}: must be a plain folder name inside {self.runs}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed}: must be between 0 and {2**32 - 1}")
-        for section_name in ("data", "trainer", "sae", "probe", "clip", "world", "evaluation"):
+        sections = ("data", "trainer", "sae", "probe", "clip", "world", "evaluation", "zeroshot")
+        for section_name in sections:
             section = getattr(self, section_name, None)
             if section is not None and hasattr(section, "check"):
                 section.check()
@@ -250,44 +255,9 @@ class ProbeConfig:
         """Raise ConfigError when a value cannot work."""
         check_positive(self, "probe", "lr", "batch_size")
         check_not_negative(self, "probe", "weight_decay")
-        if self.label != "cls" and not self.label.startswith("json:"):
-            raise ConfigError(f"probe.label={self.label!r}: must be cls or json:<key>")
+        check_label("probe", self.label)
         if len(self.classes) < 2:
             raise ConfigError(f"probe.classes={self.classes}: name at least two classes")
-
-
-@dataclass
-class EvaluationConfig:
-    """What the planted world's evaluation computes."""
-
-    methods: list[Method] = field(default_factory=lambda: list(Method))
-    """attribution methods to compare"""
-    images: int = 1000
-    """test images of the faithfulness table"""
-    steps: int = 16
-    """latents deleted one after the other in a curve; at most sae.k are active"""
-    ig_steps: int = 64
-    """midpoints of integrated gradients"""
-    overlap_top: int = 5
-    """n of the top-n overlap with exact patching"""
-    resamples: int = 1000
-    """bootstrap resamples of every interval"""
-    top_examples: int = 20
-    """images per latent that define its label"""
-    gallery: int = 8
-    """explained predictions on the page"""
-
-    def check(self) -> None:
-        """Raise ConfigError when a value cannot work."""
-        check_positive(self, "evaluation", "images", "steps", "ig_steps", "overlap_top")
-        check_positive(self, "evaluation", "resamples", "top_examples")
-        check_not_negative(self, "evaluation", "gallery")
-        if len(set(self.methods)) < len(self.methods):
-            raise ConfigError("evaluation.methods names a method twice")
-        if Method.logit_lens not in self.methods:
-            raise ConfigError(
-                "evaluation.methods lacks logit_lens, which every other method is compared with"
-            )
 
 
 @dataclass
@@ -346,7 +316,17 @@ class RenderWorld(JobConfig):
 
 @dataclass
 class EvaluateZeroshot(JobConfig):
-    """evaluate_zeroshot: zero-shot accuracy of a CLIP per factor of the planted world."""
+    """evaluate_zeroshot: zero-shot accuracy of any CLIP on any labelled shards."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    zeroshot: ZeroshotConfig = field(default_factory=ZeroshotConfig)
+    trainer: DeviceConfig = field(default_factory=DeviceConfig)
+
+
+@dataclass
+class EvaluateWorldZeroshot(JobConfig):
+    """evaluate_world_zeroshot: zero-shot accuracy of a CLIP per factor of the planted world."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -377,6 +357,7 @@ TRAIN_JOBS: dict[str, type[JobConfig]] = {
 }
 EVALUATE_JOBS: dict[str, type[JobConfig]] = {
     "evaluate_zeroshot": EvaluateZeroshot,
+    "evaluate_world_zeroshot": EvaluateWorldZeroshot,
     "evaluate_world": EvaluateWorld,
 }
 JOBS = TRAIN_JOBS | EVALUATE_JOBS

@@ -7,6 +7,7 @@ are lower case. Members are read by offset and stay bytes: nothing is unpickled 
 import hashlib
 import json
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,10 @@ class Sample(NamedTuple):
         offset, size = self.fields[name]
         with self.shard.open("rb") as file:
             file.seek(offset)
-            return file.read(size)
+            content = file.read(size)
+        if len(content) < size:
+            raise DataError(f"{self.shard} ends within {self.key}.{name}: it was cut since")
+        return content
 
     @property
     def image_field(self) -> str | None:
@@ -190,8 +194,8 @@ def read_json(sample: Sample) -> dict[str, object]:
     return content
 
 
-def read_label(sample: Sample, label: str, n_classes: int) -> int:
-    """The class number in `cls` or in `json:<key>`."""
+def read_label(sample: Sample, label: str, classes: Sequence[str]) -> int:
+    """The class in `cls` or in `json:<key>`: its number, or its name."""
     if label == "cls":
         text = sample.read("cls").decode("utf-8", "replace").strip()
     else:
@@ -200,10 +204,12 @@ def read_label(sample: Sample, label: str, n_classes: int) -> int:
         if key not in content:
             raise DataError(f"{sample.shard}: {sample.key}.json has no key {key!r}")
         text = str(content[key])
-        text = {"True": "1", "False": "0"}.get(text, text)
-    if not text.isdecimal() or int(text) >= n_classes:
+    if text in classes and not text.isdecimal():
+        return classes.index(text)
+    text = {"True": "1", "False": "0"}.get(text, text)
+    if not text.isdecimal() or int(text) >= len(classes):
         raise DataError(
             f"{sample.shard}: label {label!r} of sample {sample.key!r} is {text!r}; "
-            f"allowed are 0 to {n_classes - 1}"
+            f"allowed are 0 to {len(classes) - 1} and the names of the classes"
         )
     return int(text)

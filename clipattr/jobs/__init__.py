@@ -2,6 +2,7 @@
 
 from clipattr.config.schema import (
     EvaluateWorld,
+    EvaluateWorldZeroshot,
     EvaluateZeroshot,
     JobConfig,
     RenderWorld,
@@ -34,6 +35,10 @@ def run(config: JobConfig, command: list[str]) -> None:
             from clipattr.jobs.evaluate_zeroshot import evaluate_zeroshot
 
             evaluate_zeroshot(config, command)
+        case EvaluateWorldZeroshot():
+            from clipattr.jobs.evaluate_world_zeroshot import evaluate_world_zeroshot
+
+            evaluate_world_zeroshot(config, command)
         case EvaluateWorld():
             from clipattr.jobs.evaluate_world import evaluate_world
 

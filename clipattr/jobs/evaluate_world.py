@@ -106,7 +106,7 @@ def _scorecard(
     assert reliance.mean_attribution is not None
     spliced = data.spliced
     texts = embed_prompts(data.frozen.clip, prompts)
-    lens = logit_lens_table(spliced.tower.suffix, spliced.sae.W_dec, texts)
+    lens = logit_lens_table(spliced.cut.suffix, spliced.sae.W_dec, texts)
     scores = data.embeddings(data.test.x) @ texts.T
     # Dense on purpose: AUROC ranks every latent over all images, and this dictionary is small.
     activations = spliced.sae.encode(data.test.x.to(texts.device)).to_dense()

@@ -1,41 +1,111 @@
-"""Zero-shot accuracy of a CLIP, per factor of the planted world."""
+"""Zero-shot accuracy of any CLIP on any labelled shards."""
 
+import hashlib
+import json
 import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import torch
-from torch.nn.functional import normalize
+from torch import Tensor
 
-from clipattr.config.schema import EvaluateZeroshot, SiteConfig
-from clipattr.data.shards import read_json
-from clipattr.jobs.model import load_frozen, read_features
+from clipattr.clip import Clip, TextHead, load_class_names, load_templates, text_head
+from clipattr.clip.templates import ClassNames
+from clipattr.config.schema import EvaluateZeroshot
+from clipattr.data import FeatureStore, find_shards, index_shards
+from clipattr.data.shards import keep_complete, read_label
+from clipattr.jobs.model import load_model, read_embeddings
 from clipattr.jobs.start import Plan, describe_model, describe_shards
-from clipattr.jobs.world_zeroshot import zeroshot_accuracy
+from clipattr.metrics.accuracy import Accuracy, measure_accuracy
 
 logger = logging.getLogger(__name__)
 
+_ROWS = 1024
+_LISTED = 5
+
 
 def evaluate_zeroshot(config: EvaluateZeroshot, command: list[str]) -> None:
-    """Write `zeroshot.<factor>.accuracy`: share of images nearest to the true prompt."""
+    """Write `zeroshot`: top-1, top-5 and the accuracy of every class, into metrics.json."""
+    settings, data = config.zeroshot, config.data
+    classes = load_class_names(settings.classes)
+    templates = load_templates(settings.templates)
     inputs: dict[str, object] = {
         "model": describe_model(config.model),
-        "shards": describe_shards(config.data.shards, "data.shards"),
+        "shards": describe_shards(data.shards, "data.shards"),
+        "prompts": hashlib.sha256(json.dumps([classes, templates]).encode()).hexdigest(),
     }
     plan = Plan(config, command, inputs, ("metrics.json",))
     if plan.is_finished():
         return
-    frozen = load_frozen(config.model, SiteConfig(), config.trainer.accelerator)
-    features = read_features(
-        frozen, config.data.shards, config.data, ("json",), progress=config.trainer.progress
+    # All labels before the model runs: a wrong one must not cost a forward of every image.
+    needed = ("cls",) if settings.label == "cls" else ("json",)
+    samples, incomplete = keep_complete(
+        index_shards(find_shards(data.shards)), needed, data.max_bad_fraction
     )
-    with torch.no_grad():
-        x = features.store.x.to(frozen.clip.device)
-        embeddings = normalize(frozen.tower.suffix(x), dim=-1)
-    factors = [read_json(sample) for sample in features.samples]
-    accuracy = zeroshot_accuracy(frozen.clip, embeddings, factors)
-    for name, share in accuracy.items():
-        logger.info("zero-shot %-10s %.3f  (%d images)", name, share, len(factors))
+    labels = torch.tensor([read_label(one, settings.label, classes.names) for one in samples])
+    clip = load_model(config.model, config.trainer.accelerator)
+    head = _class_head(clip, classes, templates, config)
+    store = read_embeddings(clip, samples, data, progress=config.trainer.progress)
+    batches = _score(head, store, labels[store.image_rows])
+    accuracy = measure_accuracy(batches, len(classes.names))
+    _log(accuracy, classes.names, n_skipped=len(incomplete) + len(store.bad))
     run = plan.open()
-    run.update_manifest(data=features.store.fingerprint)
-    metrics = {name: {"accuracy": share} for name, share in accuracy.items()}
-    run.write_metrics({"zeroshot": metrics})
+    run.update_manifest(data=store.fingerprint)
+    run.write_metrics({"zeroshot": _collect(accuracy, classes.names)})
     run.finish()
+
+
+def _class_head(
+    clip: Clip, classes: ClassNames, templates: tuple[str, ...], config: EvaluateZeroshot
+) -> TextHead:
+    """One row per class; classes that share a word share the row."""
+    words = list(dict.fromkeys(classes.words))
+    head = text_head(
+        clip,
+        words,
+        templates=templates,
+        cache=Path(config.data.cache) / "text",
+        progress=config.trainer.progress,
+    )
+    rows = {word: row for row, word in enumerate(words)}
+    weights = head.weights[[rows[word] for word in classes.words]]
+    return replace(head, names=classes.names, weights=weights)
+
+
+def _score(head: TextHead, store: FeatureStore, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    for x, truth in zip(store.x.split(_ROWS), labels.split(_ROWS), strict=True):
+        yield head.scores(x.to(head.weights.device)), truth
+
+
+def _collect(accuracy: Accuracy, names: tuple[str, ...]) -> dict[str, object]:
+    return {
+        "images": sum(accuracy.images),
+        "classes_without_images": accuracy.images.count(0),
+        "top1": accuracy.top1._asdict(),
+        "top5": accuracy.top5._asdict() if accuracy.top5 else None,
+        "mean_per_class": accuracy.mean_per_class,
+        "per_class": {
+            name: {"accuracy": share, "images": images}
+            for name, share, images in zip(names, accuracy.per_class, accuracy.images, strict=True)
+        },
+    }
+
+
+def _log(accuracy: Accuracy, names: tuple[str, ...], *, n_skipped: int) -> None:
+    rows = zip(names, accuracy.per_class, accuracy.images, strict=True)
+    seen = [(share, name, images) for name, share, images in rows if share is not None]
+    logger.info("zero-shot: %d images of %d classes", sum(accuracy.images), len(seen))
+    for title, interval in (("top-1", accuracy.top1), ("top-5", accuracy.top5)):
+        if interval is not None:
+            logger.info("  %-24s %.3f  [%.3f, %.3f]", title, *interval)
+    logger.info("  %-24s %.3f", "mean per class", accuracy.mean_per_class)
+    for share, name, images in sorted(seen)[:_LISTED]:
+        logger.info("  worst: %-17s %.3f  (%d images)", name, share, images)
+    empty = [name for name, images in zip(names, accuracy.images, strict=True) if not images]
+    if empty:
+        more = ", ..." if len(empty) > _LISTED else ""
+        listed = ", ".join(empty[:_LISTED]) + more
+        logger.info("  %d classes have no image and no accuracy: %s", len(empty), listed)
+    if n_skipped:
+        logger.info("  %d broken samples were left out", n_skipped)

@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 from typing import NamedTuple
 
-from clipattr.clip.loading import local_files
+from clipattr.clip.names import local_files
 from clipattr.config.schema import JobConfig, ModelConfig
 from clipattr.data.shards import find_shards
 from clipattr.runs import RunFolder, is_finished_with, open_run

@@ -10,15 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from clipattr.clip.loading import (
-    CONFIG_FILE,
-    MERGES_FILE,
-    WEIGHTS_FILE,
-    Preprocess,
-    Tokenizer,
-    architecture_folder,
-    build_clip,
-)
+from clipattr.clip.loading import Preprocess, Tokenizer, build_clip
+from clipattr.clip.names import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, architecture_folder
 from clipattr.config.schema import DataConfig, TrainClip
 from clipattr.data.images import image_loader
 from clipattr.data.shards import (

@@ -1,4 +1,4 @@
-"""Train a linear probe on the normalised image embeddings of labelled shards."""
+"""Train a linear probe on the normalised image embeddings of labelled shards, of any CLIP."""
 
 import logging
 
@@ -6,9 +6,11 @@ import lightning as L
 import torch
 from torch.nn.functional import normalize
 
-from clipattr.config.schema import SiteConfig, TrainProbe
-from clipattr.data.shards import read_label
-from clipattr.jobs.model import FrozenClip, load_frozen, read_features
+from clipattr.clip import Clip, embed_prompts
+from clipattr.config.schema import TrainProbe
+from clipattr.data import find_shards, index_shards
+from clipattr.data.shards import keep_complete, read_label
+from clipattr.jobs.model import load_model, read_embeddings
 from clipattr.jobs.start import Plan, describe_model, describe_shards
 from clipattr.probes.files import ProbeRecord, save_probe
 from clipattr.probes.linear import LinearProbe
@@ -29,17 +31,17 @@ def train_probe(config: TrainProbe, command: list[str]) -> None:
     if plan.is_finished():
         return
     L.seed_everything(config.seed, workers=True, verbose=False)
-    frozen = load_frozen(config.model, SiteConfig(), config.trainer.accelerator)
+    clip = load_model(config.model, config.trainer.accelerator)
     run = plan.open()
     settings = config.probe
 
     def load() -> tuple[Rows, str]:
-        return _labelled_rows(config, frozen)
+        return _labelled_rows(config, clip)
 
     data = RowsDataModule(
         load, batch_size=settings.batch_size, seed=config.seed, n_steps=config.trainer.steps
     )
-    embed_width = frozen.tower.last_layer().projection.shape[1]
+    embed_width = embed_prompts(clip, [""]).shape[1]
     probe = LinearProbe(embed_width, len(settings.classes))
     module = ProbeModule(
         probe, lr=settings.lr, weight_decay=settings.weight_decay, n_steps=config.trainer.steps
@@ -50,7 +52,7 @@ def train_probe(config: TrainProbe, command: list[str]) -> None:
         metrics = {"train_accuracy": measure(probe, data.rows)}
         record = ProbeRecord(
             class_names=list(settings.classes),
-            model={"name": config.model.name, "weights_sha256": frozen.clip.weights_sha256},
+            model={"name": config.model.name, "weights_sha256": clip.weights_sha256},
             label_field=settings.label,
             data_fingerprint=data.fingerprint,
             metrics=metrics,
@@ -70,15 +72,12 @@ def measure(probe: LinearProbe, rows: Rows) -> float:
     return float((predictions == labels).double().mean())
 
 
-def _labelled_rows(config: TrainProbe, frozen: FrozenClip) -> tuple[Rows, str]:
-    label = config.probe.label
-    needed = ("cls",) if label == "cls" else ("json",)
-    features = read_features(
-        frozen, config.data.shards, config.data, needed, progress=config.trainer.progress
+def _labelled_rows(config: TrainProbe, clip: Clip) -> tuple[Rows, str]:
+    data, settings = config.data, config.probe
+    needed = ("cls",) if settings.label == "cls" else ("json",)
+    samples, _ = keep_complete(
+        index_shards(find_shards(data.shards)), needed, data.max_bad_fraction
     )
-    n_classes = len(config.probe.classes)
-    labels = [read_label(sample, label, n_classes) for sample in features.samples]
-    with torch.no_grad():
-        x = features.store.x.to(frozen.clip.device)
-        embeddings = normalize(frozen.tower.suffix(x), dim=-1).cpu()
-    return (embeddings, torch.tensor(labels)), features.store.fingerprint
+    labels = torch.tensor([read_label(one, settings.label, settings.classes) for one in samples])
+    store = read_embeddings(clip, samples, data, progress=config.trainer.progress)
+    return (normalize(store.x, dim=-1), labels[store.image_rows]), store.fingerprint

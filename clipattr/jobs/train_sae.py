@@ -40,13 +40,13 @@ def train_sae(config: TrainSae, command: list[str]) -> None:
     data = RowsDataModule(
         load, batch_size=config.sae.batch_size, seed=config.seed, n_steps=config.trainer.steps
     )
-    module = _module(config, frozen.tower.d_model)
+    module = _module(config, frozen.cut.d_site)
     trainer = build_trainer(config.trainer, run.path)
     fit(trainer, module, data, run.path)
     if trainer.is_global_zero:
         metrics = measure(module.sae, frozen, config, progress=progress)
         record = SaeRecord(
-            site=frozen.tower.site.to_json(),
+            site=frozen.cut.site.to_json(),
             model={"name": config.model.name, "weights_sha256": frozen.clip.weights_sha256},
             data_fingerprint=data.fingerprint,
             metrics=metrics,

@@ -50,14 +50,14 @@ class WorldData:
     @torch.no_grad()
     def embeddings(self, rows: Float[Tensor, "row model"]) -> Float[Tensor, "row embed"]:
         """L2-normalised image embeddings."""
-        return normalize(self.frozen.tower.suffix(rows.to(self.frozen.clip.device)), dim=-1)
+        return normalize(self.frozen.cut.suffix(rows.to(self.frozen.clip.device)), dim=-1)
 
 
 def load_world(config: EvaluateWorld) -> WorldData:
     """Load and check everything; an SAE or a probe of another model is refused."""
     frozen = load_frozen(config.model, SiteConfig(), config.trainer.accelerator)
     model = {"name": config.model.name, "weights_sha256": frozen.clip.weights_sha256}
-    sae, _ = load_sae(Path(config.sae), frozen.tower.site.to_json(), model)
+    sae, _ = load_sae(Path(config.sae), frozen.cut.site.to_json(), model)
     if config.evaluation.overlap_top >= sae.k:
         raise ConfigError(
             f"evaluation.overlap_top={config.evaluation.overlap_top}: must be below the {sae.k} "
@@ -72,7 +72,7 @@ def load_world(config: EvaluateWorld) -> WorldData:
     device = frozen.clip.device
     return WorldData(
         frozen=frozen,
-        spliced=Spliced(frozen.tower, sae.requires_grad_(False).to(device)),
+        spliced=Spliced(frozen.cut, sae.requires_grad_(False).to(device)),
         probe=probe.requires_grad_(False).to(device),
         test=_read_split(frozen, config, Split.test),
         task_test=_read_split(frozen, config, Split.task_test),

@@ -163,7 +163,7 @@ def explain_examples(data: WorldData, atlas: LatentAtlas, n_examples: int) -> li
     weights = embed_prompts(clip, list(prompts))
     x = data.test.x[rows].to(clip.device)
     targets = (data.embeddings(x) @ weights.T).argmax(dim=1)
-    score = HeadScore(spliced.tower.suffix, weights, targets)
+    score = HeadScore(spliced.cut.suffix, weights, targets)
     codes, W_dec = spliced.sae.encode(x), spliced.sae.W_dec
     attributions = attribution_patching(score, x, codes, W_dec)
     effects = exact_patching(score, x, codes, W_dec)

@@ -1,0 +1,66 @@
+"""Settings of what an evaluation computes: sections of the schema."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from clipattr.config.choices import Method
+from clipattr.config.limits import check_label, check_not_negative, check_positive
+from clipattr.errors import ConfigError
+
+
+@dataclass
+class EvaluationConfig:
+    """What the planted world's evaluation computes."""
+
+    methods: list[Method] = field(default_factory=lambda: list(Method))
+    """attribution methods to compare"""
+    images: int = 1000
+    """test images of the faithfulness table"""
+    steps: int = 16
+    """latents deleted one after the other in a curve; at most sae.k are active"""
+    ig_steps: int = 64
+    """midpoints of integrated gradients"""
+    overlap_top: int = 5
+    """n of the top-n overlap with exact patching"""
+    resamples: int = 1000
+    """bootstrap resamples of every interval"""
+    top_examples: int = 20
+    """images per latent that define its label"""
+    gallery: int = 8
+    """explained predictions on the page"""
+
+    def check(self) -> None:
+        """Raise ConfigError when a value cannot work."""
+        check_positive(self, "evaluation", "images", "steps", "ig_steps", "overlap_top")
+        check_positive(self, "evaluation", "resamples", "top_examples")
+        check_not_negative(self, "evaluation", "gallery")
+        if len(set(self.methods)) < len(self.methods):
+            raise ConfigError("evaluation.methods names a method twice")
+        if Method.logit_lens not in self.methods:
+            raise ConfigError(
+                "evaluation.methods lacks logit_lens, which every other method is compared with"
+            )
+
+
+@dataclass
+class ZeroshotConfig:
+    """Classes named in words, and labelled images to sort into them."""
+
+    label: str = "cls"
+    """sample field that holds the number or the name of the class: cls, or json:<key>"""
+    classes: list[str] = field(default_factory=list)
+    """names in the order of their numbers; or [FILE] with one name a line; or [imagenet]"""
+    templates: str = "simple"
+    """imagenet_80, imagenet_7, simple, none, a text file (one a line), or one such as 'a {}'"""
+
+    def check(self) -> None:
+        """Raise ConfigError when a value cannot work."""
+        check_label("zeroshot", self.label)
+        if not self.classes:
+            raise ConfigError(
+                "zeroshot.classes=[]: name at least two classes, or one text file with a name a "
+                "line, or [imagenet]"
+            )
+        repeated = [name for name, times in Counter(self.classes).items() if times > 1]
+        if repeated:
+            raise ConfigError(f"zeroshot.classes: {', '.join(repeated)} stands there twice")

@@ -1,0 +1,40 @@
+"""Zero-shot accuracy of a CLIP, per factor of the planted world."""
+
+import logging
+
+from torch.nn.functional import normalize
+
+from clipattr.config.schema import EvaluateWorldZeroshot
+from clipattr.data import find_shards, index_shards
+from clipattr.data.shards import keep_complete, read_json
+from clipattr.jobs.model import load_model, read_embeddings
+from clipattr.jobs.start import Plan, describe_model, describe_shards
+from clipattr.jobs.world_zeroshot import zeroshot_accuracy
+
+logger = logging.getLogger(__name__)
+
+
+def evaluate_world_zeroshot(config: EvaluateWorldZeroshot, command: list[str]) -> None:
+    """Write `zeroshot.<factor>.accuracy`: share of images nearest to the true prompt."""
+    inputs: dict[str, object] = {
+        "model": describe_model(config.model),
+        "shards": describe_shards(config.data.shards, "data.shards"),
+    }
+    plan = Plan(config, command, inputs, ("metrics.json",))
+    if plan.is_finished():
+        return
+    samples, _ = keep_complete(
+        index_shards(find_shards(config.data.shards)), ("json",), config.data.max_bad_fraction
+    )
+    clip = load_model(config.model, config.trainer.accelerator)
+    store = read_embeddings(clip, samples, config.data, progress=config.trainer.progress)
+    embeddings = normalize(store.x.to(clip.device), dim=-1)
+    factors = [read_json(samples[row]) for row in store.image_rows.tolist()]
+    accuracy = zeroshot_accuracy(clip, embeddings, factors)
+    for name, share in accuracy.items():
+        logger.info("zero-shot %-10s %.3f  (%d images)", name, share, len(factors))
+    run = plan.open()
+    run.update_manifest(data=store.fingerprint)
+    metrics = {name: {"accuracy": share} for name, share in accuracy.items()}
+    run.write_metrics({"zeroshot": metrics})
+    run.finish()
