@@ -11,3 +11,7 @@ class DataError(ValueError):
 
 class CheckpointError(ValueError):
     """A weights file that is missing, broken or belongs to something else."""
+
+
+class Stopped(Exception):  # noqa: N818  nothing went wrong
+    """Training was asked to stop by a signal, and has saved what it needs to go on."""

@@ -7,10 +7,11 @@ import sys
 from clipattr.config.help import format_help
 from clipattr.config.load import choose_job, load_config, read_file, split_arguments
 from clipattr.config.schema import EVALUATE_JOBS, TRAIN_JOBS, JobConfig
-from clipattr.errors import CheckpointError, ConfigError, DataError
+from clipattr.errors import CheckpointError, ConfigError, DataError, Stopped
 
 USER_ERROR = 2
 INTERRUPTED = 130
+STOPPED = 143  # what a shell reports for SIGTERM: schedulers start the job again
 
 
 def train() -> None:
@@ -43,6 +44,9 @@ def run_script(script: str, jobs: dict[str, type[JobConfig]], arguments: list[st
         kind = type(error).__name__.removesuffix("Error").lower()
         sys.stderr.write(f"{kind} error: {error}\n")
         return USER_ERROR
+    except Stopped as error:
+        sys.stderr.write(f"{error}\n")
+        return STOPPED
     except (KeyboardInterrupt, SystemExit) as error:
         # Lightning turns Ctrl+C during training into sys.exit(1).
         if not isinstance(error.__context__ or error, KeyboardInterrupt):

@@ -14,8 +14,9 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from clipattr.config.choices import Logger, Precision
 from clipattr.config.schema import DeviceConfig, TrainerConfig
-from clipattr.errors import ConfigError
+from clipattr.errors import ConfigError, Stopped
 from clipattr.training.checkpoints import AtomicCheckpointIO, newest_valid
+from clipattr.training.preemption import Preemption
 
 CHECKPOINTS = "checkpoints"
 EXPECTED_WARNINGS = (
@@ -75,7 +76,12 @@ def build_trainer(
         precision="bf16-mixed" if settings.precision is Precision.bf16 else "32-true",
         logger=_logger(settings.logger, folder),
         log_every_n_steps=min(settings.log_every, settings.steps),
-        callbacks=[checkpoint, *_bars(settings), *(callbacks or [])],
+        callbacks=[
+            checkpoint,
+            Preemption(folder / CHECKPOINTS),
+            *_bars(settings),
+            *(callbacks or []),
+        ],
         plugins=[AtomicCheckpointIO()],
         enable_progress_bar=settings.progress,
         enable_model_summary=False,
@@ -117,9 +123,17 @@ def _bars(settings: DeviceConfig) -> list[Callback]:
 def fit(
     trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, folder: Path
 ) -> None:
-    """Train, going on from the newest whole checkpoint of this run."""
+    """Train, going on from the newest whole checkpoint of this run; Stopped when a signal came."""
     resume = newest_valid(folder / CHECKPOINTS)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    if any(isinstance(one, Preemption) and one.has_stopped for one in trainer.callbacks):  # type: ignore[attr-defined]
+        if not trainer.is_global_zero:
+            # The launcher would kill rank 0 over another exit code.
+            raise SystemExit(0)
+        raise Stopped(
+            f"stopped by a signal after step {trainer.global_step} of {trainer.max_steps}; the "
+            "same command goes on from there"
+        )
 
 
 def _strategy(settings: TrainerConfig) -> str | DDPStrategy:
