@@ -6,10 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench bench-data towers clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## */  make \1|/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## */  make \1|/p' Makefile | awk -F'|' '{ printf "%-17s %s\n", $$1, $$2 }'
 
 demo: $(VENV)/.installed  ## the planted world from nothing to the report; finished steps are skipped
 	$(BIN)/python train.py configs/demo/world.yaml
@@ -31,6 +31,12 @@ bench: $(VENV)/.installed  ## every script in benchmarks/
 	@for script in benchmarks/*.py; do \
 	    echo "$$script"; $(BIN)/python "$$script" || exit 1; \
 	done
+
+bench-data: $(VENV)/.installed  ## rows per second of the activation store, beside the peers that are installed
+	$(BIN)/python benchmarks/data.py
+
+towers: $(VENV)/.installed-dev  ## verify all towers anew and write docs/towers.md (about an hour)
+	$(BIN)/python -m tests.towers_table
 
 clean:  ## remove .venv, caches and runs/
 	rm -rf $(VENV) runs .pytest_cache .ruff_cache .import_linter_cache

@@ -6,7 +6,8 @@ from pathlib import Path
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from clipattr.data.shards import Sample, index_shards
+from clipattr.data.shards import Sample
+from tests.plain_index import index_shards
 
 
 def picture(image_format: str = "JPEG") -> bytes:

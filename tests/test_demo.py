@@ -229,7 +229,7 @@ def test_sae_of_another_site_is_refused(demo, capsys):
         (["trainer.devices=3"], "does not divide by trainer.devices=3"),
         (["site.layer=9"], "site.layer=9: the tower has 2 layers"),
         (["sae.k=49"], "larger than sae.n_latents"),
-        (["sae.batch_size=1000"], "the shards hold 60 rows"),
+        (["sae.batch_size=1000"], "but there are 60 rows"),
     ],
 )
 def test_wrong_settings_say_what_is_wrong(demo, capsys, overrides, expected):

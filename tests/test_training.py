@@ -13,6 +13,7 @@ from clipattr.config.schema import TrainerConfig
 from clipattr.errors import CheckpointError, ConfigError
 from clipattr.probes.linear import LinearProbe
 from clipattr.sae.topk import TopKSae
+from clipattr.training.activations import ActivationDataModule
 from clipattr.training.checkpoints import AtomicCheckpointIO, newest_valid
 from clipattr.training.clip_module import ClipModule
 from clipattr.training.optim import warmup_cosine, warmup_hold_decay
@@ -20,6 +21,7 @@ from clipattr.training.probe_module import ProbeModule
 from clipattr.training.rows import RowsDataModule
 from clipattr.training.sae_module import SaeModule
 from clipattr.training.trainer import build_trainer, fit
+from tests.stores import store_of
 from tests.tiny import save_tiny_clip
 
 N_STEPS = 24
@@ -48,8 +50,11 @@ def activations() -> torch.Tensor:
 
 
 def sae_run(folder, *, seed=0, kill_at=None) -> dict[str, torch.Tensor]:
-    data = RowsDataModule(
-        lambda: ((activations(),), "rows"), batch_size=32, seed=seed, n_steps=N_STEPS
+    data = ActivationDataModule(
+        lambda _: store_of(activations(), folder / "store"),
+        batch_size=32,
+        seed=seed,
+        n_steps=N_STEPS,
     )
     sae = TopKSae(d_model=8, n_latents=24, k=3, generator=torch.Generator().manual_seed(1))
     module = SaeModule(
@@ -85,7 +90,7 @@ def test_checkpoint_holds_unit_decoder_rows_and_the_position(tmp_path):
     checkpoint = torch.load(path, weights_only=True)
     norms = checkpoint["state_dict"]["sae.W_dec"].norm(dim=1)
     torch.testing.assert_close(norms, torch.ones(24), atol=1e-6, rtol=0)
-    assert checkpoint["RowsDataModule"]["delivered"] == checkpoint["global_step"] == 20
+    assert checkpoint["ActivationDataModule"]["t"] == checkpoint["global_step"] == 20
 
 
 def test_sae_starts_from_the_data_and_learns(tmp_path):

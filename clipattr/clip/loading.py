@@ -54,6 +54,8 @@ class Clip:
     tokenizer: Tokenizer
     weights_sha256: str
     precision: str
+    d_embed: int
+    """width of the embedding"""
 
     @property
     def device(self) -> torch.device:
@@ -128,7 +130,8 @@ def load_clip(
     asked = f"model.name={name!r}" + (f", model.pretrained={pretrained!r}" if pretrained else "")
     with _loading(asked):
         require_model(resolved, pretrained)
-        text = (open_clip.get_model_config(resolved) or {}).get("text_cfg", {})
+        config = open_clip.get_model_config(resolved) or {}
+        text = config.get("text_cfg", {})
         _check_text(text)
         require_text_files(resolved, text)
         with _quiet_open_clip():
@@ -145,6 +148,7 @@ def load_clip(
         tokenizer=tokenizer,
         weights_sha256=hash_weights(model),
         precision=precision,
+        d_embed=int(config["embed_dim"]),
     )
 
 

@@ -22,6 +22,14 @@ class Stream(Enum):
     embedding = "embedding"
 
 
+class CacheDtype(Enum):
+    """How cached activations are stored."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
 class Logger(Enum):
     """Where the training curves go; tensorboard and wandb are extras."""
 

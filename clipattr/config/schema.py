@@ -9,7 +9,7 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from clipattr.config.choices import Logger, Precision, Stream, Tokens, WeightPrecision
+from clipattr.config.choices import CacheDtype, Logger, Precision, Stream, Tokens, WeightPrecision
 from clipattr.config.evaluation import EvaluationConfig, ZeroshotConfig
 from clipattr.config.limits import check_divides, check_label, check_not_negative, check_positive
 from clipattr.errors import ConfigError
@@ -48,7 +48,9 @@ class ReadConfig:
     workers: int = 2
     """processes that decode images"""
     cache: str = "runs/cache"
-    """folder of cached activations: CLIP runs once per image"""
+    """folder of cached activations and indices: CLIP runs once per image"""
+    cache_dtype: CacheDtype = CacheDtype.float32
+    """numbers of the cache: float32, or float16 and bfloat16, which take half the space"""
     max_bad_fraction: float = 0.0
     """share of broken samples that is skipped and reported before the run stops"""
 

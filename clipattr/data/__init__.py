@@ -1,19 +1,26 @@
 """Image shards, cached activations, and the order in which rows are served."""
 
-from clipattr.data.features import FeatureStore, cache_features
+from clipattr.data.features import Features, Ranks, cache_activations, load_features
 from clipattr.data.images import ImageBatch, image_loader
-from clipattr.data.order import rows_of_step
-from clipattr.data.shards import BadSample, Sample, find_shards, index_shards, keep_complete
+from clipattr.data.index import ShardIndex, build_index, select_usable
+from clipattr.data.shards import BadSample, Sample, find_shards
+from clipattr.data.store import ActivationStore
+from clipattr.data.stream import ActivationStream, EvaluationStream
 
 __all__ = [
+    "ActivationStore",
+    "ActivationStream",
     "BadSample",
-    "FeatureStore",
+    "EvaluationStream",
+    "Features",
     "ImageBatch",
+    "Ranks",
     "Sample",
-    "cache_features",
+    "ShardIndex",
+    "build_index",
+    "cache_activations",
     "find_shards",
     "image_loader",
-    "index_shards",
-    "keep_complete",
-    "rows_of_step",
+    "load_features",
+    "select_usable",
 ]

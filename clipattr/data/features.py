@@ -1,152 +1,118 @@
-"""Activations at a site, written once and read by every later job: CLIP runs once per image.
+"""Activations of image shards, cached in a store: CLIP runs once per image.
 
-One small WebDataset shard per image shard, in a folder named by the fingerprint of what it was made
-from (weights, site, preprocessing, images). A shard has its name only when it is complete, so a
-killed run goes on with the first missing one.
+The folder is named by the fingerprint of what the rows are made from (weights, site, precision,
+preprocessing, images), so another model or site never meets them. Mixed when they are written, the
+same rows serve training in any order and evaluation in the order of the shards.
 """
 
-import hashlib
-import io
-import json
-from collections.abc import Callable
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm import tqdm
-from webdataset.writer import TarWriter
 
-from clipattr.atomic import atomic_file
-from clipattr.data.images import Preprocess, image_loader
-from clipattr.data.shards import BadSample, Sample, check_bad, fingerprint, index_shards
-from clipattr.errors import ConfigError, DataError
+from clipattr.data.chunks import ReadBatch
+from clipattr.data.columns import Column
+from clipattr.data.images import ImageBatch, Preprocess, image_loader
+from clipattr.data.index import ShardIndex
+from clipattr.data.store import ActivationStore, hash_json
+from clipattr.data.writer import StorePlan, write_stores
 
-
-class FeatureStore(NamedTuple):
-    """Rows x at the site; row r belongs to samples[image_rows[r]]."""
-
-    x: Float[Tensor, "row model"]
-    image_rows: Int[Tensor, " row"]
-    bad: list[BadSample]
-    fingerprint: str
+Encode = Callable[[Float[Tensor, "batch channel height width"]], Float[Tensor, "batch width"]]
 
 
-def cache_features(
-    samples: list[Sample],
-    prefix: Callable[[Float[Tensor, "batch channel height width"]], Float[Tensor, "batch model"]],
+class Ranks(NamedTuple):
+    """The processes that write a store together."""
+
+    rank: int = 0
+    world_size: int = 1
+    barrier: Callable[[], object] = lambda: None
+
+
+class Features(NamedTuple):
+    """All rows in memory, in the order of the shards: x[r] belongs to image `images[r]`."""
+
+    x: Float[Tensor, "row width"]
+    images: Int[Tensor, " row"]
+
+
+def cache_activations(
+    index: ShardIndex,
+    encode: Encode,
     preprocess: Preprocess,
     *,
     made_from: dict[str, object],
+    width: int,
+    dtype: str,
     folder: Path,
     batch_size: int,
     workers: int,
     max_bad_fraction: float,
     device: torch.device | str = "cpu",
+    ranks: Ranks = Ranks(),  # noqa: B008  immutable
     progress: bool = True,
-) -> FeatureStore:
-    """Read the cached rows of the samples, running `prefix` on the shards that are not there yet.
+) -> ActivationStore:
+    """The store of the images' activations; what is missing of it is written first.
 
     Args:
-        samples: images, grouped by shard as `index_shards` returns them.
-        prefix: images -> x, without gradient.
+        index: of the images.
+        encode: images -> x [batch, width], without gradient, on `device`.
         preprocess: the model's own.
-        made_from: what decides the values besides the images: weights hash, site.
+        made_from: what decides the values besides the images: weights, site.
+        width: of x.
+        dtype: of the stored numbers: float32, float16 or bfloat16.
         folder: of all caches.
         batch_size: images per forward.
         workers: decoding processes.
         max_bad_fraction: share of broken images above which the run stops.
-        device: where prefix runs.
+        device: where encode runs.
+        ranks: the processes that share the work.
         progress: show a bar.
     """
-    identity = made_from | {"preprocess": str(preprocess), "images": fingerprint(samples)}
-    groups = [list(group) for _, group in groupby(samples, key=lambda sample: sample.shard)]
-    # The times say when a file was replaced by one of the same size. They decide which cache is
+    fingerprint = made_from | {"preprocess": str(preprocess), "images": index.fingerprint}
+    # The times say when a shard was replaced by one of the same size. They decide which cache is
     # read, but are no part of the fingerprint: the same data have the same on every machine.
-    times = [group[0].shard.stat().st_mtime_ns for group in groups]
-    store = folder / _hash(identity | {"times": times})[:16]
-    try:
-        store.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"data.cache={str(folder)!r}: cannot be made: {error}") from None
-    paths = [store / f"{number:06d}.tar" for number in range(len(groups))]
-    missing = [pair for pair in zip(paths, groups, strict=True) if not pair[0].exists()]
-    bad: list[BadSample] = []
-    for path, group in tqdm(
-        missing, desc="activations", unit="shard", disable=not progress or not missing
-    ):
-        loader = image_loader(group, preprocess, batch_size=batch_size, workers=workers)
-        x, rows, found = _run_prefix(loader, prefix, device)
-        bad += found
-        # Before the shard is kept: images that stop the run will be repaired and read again.
-        check_bad(bad, len(samples), max_bad_fraction)
-        _write_shard(path, x, rows, found)
-    return _read_store(samples, paths, _hash(identity), max_bad_fraction)
+    times = [path.stat().st_mtime_ns for path in index.shards]
+    name = hash_json(fingerprint | {"times": times, "dtype": dtype})[:16]
+    plan = StorePlan(folder / name, fingerprint, {"x": Column(dtype, width)})
+
+    def read(images: Int[Tensor, " image"]) -> Iterator[ReadBatch]:
+        chosen = index.select(images.numpy())
+        loader = image_loader(chosen, preprocess, batch_size=batch_size, workers=workers)
+        return _encode_all(loader, images, encode, width, device)
+
+    keys = [key.decode() for key in index.keys.tolist()]
+    stores = write_stores(
+        {"x": plan},
+        keys,
+        read,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        barrier=ranks.barrier,
+        max_bad_fraction=max_bad_fraction,
+        progress=progress and ranks.rank == 0,
+    )
+    return stores["x"]
 
 
-def _hash(identity: dict[str, object]) -> str:
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-
-
-def _run_prefix(
-    loader: torch.utils.data.DataLoader,
-    prefix: Callable[[Tensor], Tensor],
+@torch.no_grad()
+def _encode_all(
+    loader: Iterable[ImageBatch],
+    images: Int[Tensor, " image"],
+    encode: Encode,
+    width: int,
     device: torch.device | str,
-) -> tuple[Tensor, Tensor, list[BadSample]]:
-    rows: list[Tensor] = []
-    x: list[Tensor] = []
-    bad: list[BadSample] = []
-    with torch.no_grad():
-        for batch in loader:
-            bad.extend(batch.bad)
-            if len(batch.rows):
-                rows.append(batch.rows)
-                x.append(prefix(batch.images.to(device)).float().cpu())
-    if not x:  # `_read_store` judges whether so many may be broken
-        return torch.zeros(0, 0), torch.zeros(0, dtype=torch.int64), bad
-    return torch.cat(x), torch.cat(rows), bad
+) -> Iterator[ReadBatch]:
+    for batch in loader:
+        x = torch.zeros(0, width)
+        if len(batch.rows):
+            x = encode(batch.images.to(device)).float().cpu()
+        yield ReadBatch(images[batch.rows], {"x": {"x": x}}, batch.bad)
 
 
-def _write_shard(path: Path, x: Tensor, rows: Tensor, bad: list[BadSample]) -> None:
-    sample: dict[str, object] = {
-        "__key__": path.stem,
-        "x.npy": _npy(x.numpy()),
-        "rows.npy": _npy(rows.numpy()),
-        "bad.json": json.dumps(bad).encode(),
-    }
-    with (
-        atomic_file(path) as file,
-        TarWriter(file, encoder=False, mtime=0, user="clipattr", group="clipattr") as writer,
-    ):
-        writer.write(sample)
-
-
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
-
-
-def _read_store(
-    samples: list[Sample], paths: list[Path], made_from: str, max_bad_fraction: float
-) -> FeatureStore:
-    x: list[Tensor] = []
-    rows: list[Tensor] = []
-    bad: list[BadSample] = []
-    first_row = 0
-    for block, (_, group) in zip(
-        index_shards(paths), groupby(samples, key=lambda sample: sample.shard), strict=True
-    ):
-        x.append(torch.from_numpy(np.load(io.BytesIO(block.read("x.npy")), allow_pickle=False)))
-        local = np.load(io.BytesIO(block.read("rows.npy")), allow_pickle=False)
-        rows.append(torch.from_numpy(local) + first_row)
-        bad.extend(BadSample(*entry) for entry in json.loads(block.read("bad.json")))
-        first_row += sum(1 for _ in group)
-    check_bad(bad, len(samples), max_bad_fraction)
-    x = [block for block in x if len(block)]
-    if not x:
-        raise DataError(f"none of the {len(samples)} images can be decoded")
-    return FeatureStore(torch.cat(x), torch.cat(rows), bad, made_from)
+def load_features(store: ActivationStore) -> Features:
+    """Every row of a store with one row per image, in float32."""
+    order = store.rows_by_image()
+    return Features(store.load("x")[order].float(), store.load("images")[order].long())

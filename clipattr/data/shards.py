@@ -1,12 +1,10 @@
-"""Find WebDataset shards and index their samples from the tar headers; no image is read here.
+"""WebDataset shards: find them, and read the fields of a sample.
 
 A sample is the members that share a name up to its first dot, as everywhere in WebDataset; fields
 are lower case. Members are read by offset and stay bytes: nothing is unpickled or executed.
 """
 
-import hashlib
 import json
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -71,93 +69,6 @@ def find_shards(spec: str, setting: str = "data.shards") -> list[Path]:
     return paths
 
 
-def index_shards(paths: list[Path]) -> list[Sample]:
-    """All samples of the shards, in order; a damaged shard is an error that names it."""
-    samples = [sample for path in paths for sample in _index_shard(path)]
-    seen: dict[str, Path] = {}
-    for sample in samples:
-        if sample.key in seen:
-            raise DataError(
-                f"key {sample.key!r} stands in {seen[sample.key]} and again in {sample.shard}: "
-                "keys must be unique over all shards"
-            )
-        seen[sample.key] = sample.shard
-    return samples
-
-
-def _index_shard(path: Path) -> list[Sample]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        file.seek(max(0, size - len(END_MARKER)))
-        if file.read() != END_MARKER:
-            raise DataError(f"{path} is truncated: its {size} bytes do not end in a tar end marker")
-    fields: dict[str, dict[str, tuple[int, int]]] = {}
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                if member.isfile():
-                    _add_member(path, member, fields)
-            end = archive.offset
-    except tarfile.TarError as error:
-        raise DataError(f"{path} is not a readable tar file: {error}") from error
-    _check_end(path, end)
-    return [Sample(key, path, found) for key, found in fields.items()]
-
-
-def _check_end(path: Path, end: int) -> None:
-    """Nothing but the end marker may follow the last member that was read.
-
-    tarfile stops without complaint at a cut or at a damaged header, and what follows is lost.
-    """
-    with path.open("rb") as file:
-        file.seek(end)
-        rest = file.read()
-    if not rest.startswith(END_MARKER) or rest.strip(b"\0"):
-        raise DataError(
-            f"{path} is damaged: at byte {end} of {end + len(rest)} stands neither a tar header "
-            "nor the end marker"
-        )
-
-
-def _add_member(
-    path: Path, member: tarfile.TarInfo, fields: dict[str, dict[str, tuple[int, int]]]
-) -> None:
-    folder, _, name = member.name.rpartition("/")
-    stem, dot, field = name.partition(".")
-    if not dot or not stem:  # a hidden file, such as the ._000.jpg that macOS adds
-        return
-    field = field.lower()
-    key = f"{folder}/{stem}" if folder else stem
-    found = fields.setdefault(key, {})
-    if field in found:
-        raise DataError(f"{path}: sample {key!r} has the field {field!r} twice")
-    found[field] = (member.offset_data, member.size)
-
-
-def keep_complete(
-    samples: list[Sample], needed: tuple[str, ...], max_bad_fraction: float
-) -> tuple[list[Sample], list[BadSample]]:
-    """The samples that have an image and all needed fields, and a report of the others.
-
-    More than `max_bad_fraction` incomplete samples are an error.
-    """
-    good: list[Sample] = []
-    bad: list[BadSample] = []
-    for sample in samples:
-        absent = [name for name in needed if name not in sample.fields]
-        if sample.image_field is None:
-            absent.insert(0, f"image ({', '.join(IMAGE_FIELDS)})")
-        if absent:
-            reason = f"lacks {', '.join(absent)}; has {', '.join(sorted(sample.fields))}"
-            bad.append(BadSample(str(sample.shard), sample.key, reason))
-        else:
-            good.append(sample)
-    check_bad(bad, len(samples), max_bad_fraction)
-    if not good:
-        raise DataError("the shards hold no sample")
-    return good, bad
-
-
 def check_bad(bad: list[BadSample], n_seen: int, max_bad_fraction: float) -> None:
     """Raise DataError when more samples are bad than the run allows."""
     if len(bad) > max_bad_fraction * n_seen:
@@ -167,15 +78,6 @@ def check_bad(bad: list[BadSample], n_seen: int, max_bad_fraction: float) -> Non
             f"{first.shard}: {first.reason}. data.max_bad_fraction={max_bad_fraction} allows "
             f"{int(max_bad_fraction * n_seen)}"
         )
-
-
-def fingerprint(samples: list[Sample]) -> str:
-    """sha256 over every sample's key, field sizes and shard name."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        sizes = {name: size for name, (_, size) in sorted(sample.fields.items())}
-        digest.update(json.dumps([sample.key, sample.shard.name, sizes]).encode())
-    return digest.hexdigest()
 
 
 def read_text(sample: Sample) -> str:

@@ -5,9 +5,10 @@ import logging
 from torch.nn.functional import normalize
 
 from clipattr.config.schema import EvaluateWorldZeroshot
-from clipattr.data import find_shards, index_shards
-from clipattr.data.shards import keep_complete, read_json
-from clipattr.jobs.model import load_model, read_embeddings
+from clipattr.data import load_features
+from clipattr.data.shards import read_json
+from clipattr.data.store import hash_json
+from clipattr.jobs.model import find_images, load_model, read_embeddings
 from clipattr.jobs.start import Plan, describe_model, describe_shards
 from clipattr.jobs.world_zeroshot import zeroshot_accuracy
 
@@ -23,18 +24,18 @@ def evaluate_world_zeroshot(config: EvaluateWorldZeroshot, command: list[str]) -
     plan = Plan(config, command, inputs, ("metrics.json",))
     if plan.is_finished():
         return
-    samples, _ = keep_complete(
-        index_shards(find_shards(config.data.shards)), ("json",), config.data.max_bad_fraction
-    )
+    progress = config.trainer.progress
+    index, _ = find_images(config.data.shards, config.data, ("json",), progress=progress)
     clip = load_model(config.model, config.trainer.accelerator)
-    store = read_embeddings(clip, samples, config.data, progress=config.trainer.progress)
-    embeddings = normalize(store.x.to(clip.device), dim=-1)
-    factors = [read_json(samples[row]) for row in store.image_rows.tolist()]
+    store = read_embeddings(clip, index, config.data, progress=progress)
+    x, images = load_features(store)
+    embeddings = normalize(x.to(clip.device), dim=-1)
+    factors = [read_json(index[row]) for row in images.tolist()]
     accuracy = zeroshot_accuracy(clip, embeddings, factors)
     for name, share in accuracy.items():
         logger.info("zero-shot %-10s %.3f  (%d images)", name, share, len(factors))
     run = plan.open()
-    run.update_manifest(data=store.fingerprint)
+    run.update_manifest(data=hash_json(store.fingerprint))
     metrics = {name: {"accuracy": share} for name, share in accuracy.items()}
     run.write_metrics({"zeroshot": metrics})
     run.finish()

@@ -13,9 +13,10 @@ from torch import Tensor
 from clipattr.clip import Clip, TextHead, load_class_names, load_templates, text_head
 from clipattr.clip.templates import ClassNames
 from clipattr.config.schema import EvaluateZeroshot
-from clipattr.data import FeatureStore, find_shards, index_shards
-from clipattr.data.shards import keep_complete, read_label
-from clipattr.jobs.model import load_model, read_embeddings
+from clipattr.data import Features, load_features
+from clipattr.data.shards import read_label
+from clipattr.data.store import hash_json
+from clipattr.jobs.model import find_images, load_model, read_embeddings
 from clipattr.jobs.start import Plan, describe_model, describe_shards
 from clipattr.metrics.accuracy import Accuracy, measure_accuracy
 
@@ -40,18 +41,17 @@ def evaluate_zeroshot(config: EvaluateZeroshot, command: list[str]) -> None:
         return
     # All labels before the model runs: a wrong one must not cost a forward of every image.
     needed = ("cls",) if settings.label == "cls" else ("json",)
-    samples, incomplete = keep_complete(
-        index_shards(find_shards(data.shards)), needed, data.max_bad_fraction
-    )
-    labels = torch.tensor([read_label(one, settings.label, classes.names) for one in samples])
+    progress = config.trainer.progress
+    index, incomplete = find_images(data.shards, data, needed, progress=progress)
+    labels = torch.tensor([read_label(one, settings.label, classes.names) for one in index])
     clip = load_model(config.model, config.trainer.accelerator)
     head = _class_head(clip, classes, templates, config)
-    store = read_embeddings(clip, samples, data, progress=config.trainer.progress)
-    batches = _score(head, store, labels[store.image_rows])
+    store = read_embeddings(clip, index, data, progress=progress)
+    batches = _score(head, load_features(store), labels)
     accuracy = measure_accuracy(batches, len(classes.names))
     _log(accuracy, classes.names, n_skipped=len(incomplete) + len(store.bad))
     run = plan.open()
-    run.update_manifest(data=store.fingerprint)
+    run.update_manifest(data=hash_json(store.fingerprint))
     run.write_metrics({"zeroshot": _collect(accuracy, classes.names)})
     run.finish()
 
@@ -73,8 +73,9 @@ def _class_head(
     return replace(head, names=classes.names, weights=weights)
 
 
-def _score(head: TextHead, store: FeatureStore, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    for x, truth in zip(store.x.split(_ROWS), labels.split(_ROWS), strict=True):
+def _score(head: TextHead, features: Features, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    truths = labels[features.images]
+    for x, truth in zip(features.x.split(_ROWS), truths.split(_ROWS), strict=True):
         yield head.scores(x.to(head.weights.device)), truth
 
 

@@ -5,8 +5,16 @@ from typing import NamedTuple
 
 from clipattr.clip import Clip, Cut, Site, image_tower, load_clip
 from clipattr.config.schema import ModelConfig, ReadConfig, SiteConfig
-from clipattr.data import FeatureStore, Sample, cache_features, find_shards, index_shards
-from clipattr.data.shards import BadSample, keep_complete
+from clipattr.data import (
+    ActivationStore,
+    BadSample,
+    Ranks,
+    ShardIndex,
+    build_index,
+    cache_activations,
+    find_shards,
+    select_usable,
+)
 from clipattr.training.trainer import choose_accelerator
 
 
@@ -16,19 +24,11 @@ class FrozenClip(NamedTuple):
     clip: Clip
     cut: Cut
 
-    def made_from(self) -> dict[str, object]:
-        """What decides an activation besides the image."""
-        return {
-            "weights": self.clip.weights_sha256,
-            "site": self.cut.site.to_json(),
-        }
 
+class Images(NamedTuple):
+    """The usable samples of some shards, and a report of the others."""
 
-class Features(NamedTuple):
-    """Samples with their activations: row r of `store` belongs to `samples[r]`."""
-
-    samples: list[Sample]
-    store: FeatureStore
+    usable: ShardIndex
     bad: list[BadSample]
 
 
@@ -37,35 +37,6 @@ def load_frozen(model: ModelConfig, site: SiteConfig, accelerator: str) -> Froze
     clip = load_model(model, accelerator)
     named = Site(site.layer, site.stream.name, site.tokens.name)
     return FrozenClip(clip, image_tower(clip.model).cut(named))
-
-
-def read_features(
-    frozen: FrozenClip,
-    shards: str,
-    data: ReadConfig,
-    needed: tuple[str, ...],
-    *,
-    setting: str = "data.shards",
-    progress: bool,
-) -> Features:
-    """The activations of all usable images of the shards, from the cache where they are there."""
-    samples, incomplete = keep_complete(
-        index_shards(find_shards(shards, setting)), needed, data.max_bad_fraction
-    )
-    store = cache_features(
-        samples,
-        frozen.cut.read,
-        frozen.clip.preprocess,
-        made_from=frozen.made_from(),
-        folder=Path(data.cache),
-        batch_size=data.batch_size,
-        workers=data.workers,
-        max_bad_fraction=data.max_bad_fraction,
-        device=frozen.clip.device,
-        progress=progress,
-    )
-    kept = [samples[row] for row in store.image_rows.tolist()]
-    return Features(kept, store, incomplete + store.bad)
 
 
 def load_model(model: ModelConfig, accelerator: str) -> Clip:
@@ -79,19 +50,62 @@ def load_model(model: ModelConfig, accelerator: str) -> Clip:
     )
 
 
+def find_images(
+    shards: str,
+    data: ReadConfig,
+    needed: tuple[str, ...] = (),
+    *,
+    setting: str = "data.shards",
+    progress: bool,
+) -> Images:
+    """The images of the shards that have all needed fields."""
+    index = build_index(
+        find_shards(shards, setting),
+        cache=Path(data.cache),
+        workers=data.workers,
+        progress=progress,
+    )
+    return Images(*select_usable(index, needed, data.max_bad_fraction))
+
+
+def read_activations(
+    frozen: FrozenClip,
+    index: ShardIndex,
+    data: ReadConfig,
+    *,
+    ranks: Ranks = Ranks(),  # noqa: B008  immutable
+    progress: bool,
+) -> ActivationStore:
+    """The activations of the images at the site, from the cache where they are there."""
+    clip, cut = frozen
+    return cache_activations(
+        index,
+        cut.read,
+        clip.preprocess,
+        made_from={"weights": clip.weights_sha256, "site": cut.site.to_json()},
+        width=cut.d_site,
+        dtype=data.cache_dtype.name,
+        folder=Path(data.cache),
+        batch_size=data.batch_size,
+        workers=data.workers,
+        max_bad_fraction=data.max_bad_fraction,
+        device=clip.device,
+        ranks=ranks,
+        progress=progress,
+    )
+
+
 def read_embeddings(
-    clip: Clip, samples: list[Sample], data: ReadConfig, *, progress: bool
-) -> FeatureStore:
-    """The un-normalised image embeddings of the samples, of any model: no tower is cut."""
-    return cache_features(
-        samples,
+    clip: Clip, index: ShardIndex, data: ReadConfig, *, progress: bool
+) -> ActivationStore:
+    """The un-normalised image embeddings of any model: no tower is cut."""
+    return cache_activations(
+        index,
         clip.encode_image,
         clip.preprocess,
-        made_from={
-            "weights": clip.weights_sha256,
-            "precision": clip.precision,
-            "site": {"stream": "embedding"},
-        },
+        made_from={"weights": clip.weights_sha256, "site": {"stream": "embedding"}},
+        width=clip.d_embed,
+        dtype=data.cache_dtype.name,
         folder=Path(data.cache),
         batch_size=data.batch_size,
         workers=data.workers,

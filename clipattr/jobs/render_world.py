@@ -1,12 +1,11 @@
 """Draw the planted world as image shards, one folder per split."""
 
-import os
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
-from threading import Thread
 
 from clipattr.config.schema import RenderWorld
+from clipattr.data.parallel import end_with_parent
 from clipattr.runs import open_run
 from clipattr.world.sampling import Split
 from clipattr.world.shards import split_fingerprint, write_split
@@ -33,15 +32,3 @@ def render_world(config: RenderWorld, command: list[str]) -> None:
     run.update_manifest(data=fingerprints)
     run.write_metrics({"world": {split.name: float(size) for split, size in sizes.items()}})
     run.finish()
-
-
-def end_with_parent() -> None:
-    """Let a worker die with its parent; killed hard, the parent cannot tell it to."""
-    parent = parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    Thread(target=wait, daemon=True).start()

@@ -14,15 +14,9 @@ from clipattr.clip.loading import Preprocess, Tokenizer, build_clip
 from clipattr.clip.names import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, architecture_folder
 from clipattr.config.schema import DataConfig, TrainClip
 from clipattr.data.images import image_loader
-from clipattr.data.shards import (
-    Sample,
-    check_bad,
-    find_shards,
-    fingerprint,
-    index_shards,
-    keep_complete,
-    read_text,
-)
+from clipattr.data.index import ShardIndex
+from clipattr.data.shards import check_bad, read_text
+from clipattr.jobs.model import find_images
 from clipattr.jobs.start import Plan, describe_files, describe_shards
 from clipattr.training.clip_module import ClipModule
 from clipattr.training.rows import Rows, RowsDataModule
@@ -41,14 +35,13 @@ def train_clip(config: TrainClip, command: list[str]) -> None:
         return
     L.seed_everything(config.seed, workers=True, verbose=False)
     model, preprocess, tokenizer = build_clip(config.clip.architecture)
-    samples, _ = keep_complete(
-        index_shards(find_shards(config.data.shards)), ("txt",), config.data.max_bad_fraction
+    index, _ = find_images(
+        config.data.shards, config.data, ("txt",), progress=config.trainer.progress
     )
-
     run = plan.open()
 
     def load() -> tuple[Rows, str]:
-        return _pairs(samples, preprocess, tokenizer, config.data), fingerprint(samples)
+        return _pairs(index, preprocess, tokenizer, config.data), index.fingerprint
 
     settings = config.trainer
     data = RowsDataModule(
@@ -66,25 +59,25 @@ def train_clip(config: TrainClip, command: list[str]) -> None:
     if trainer.is_global_zero:
         save_open_clip(model, config.clip.architecture, run.path / "model")
         run.update_manifest(data=data.fingerprint)
-        run.write_metrics({"train": {"steps": settings.steps, "n_images": len(samples)}})
+        run.write_metrics({"train": {"steps": settings.steps, "n_images": len(index)}})
         run.finish()
 
 
 def _pairs(
-    samples: list[Sample], preprocess: Preprocess, tokenizer: Tokenizer, data: DataConfig
+    index: ShardIndex, preprocess: Preprocess, tokenizer: Tokenizer, data: DataConfig
 ) -> Rows:
     """All images (bfloat16, 2 bytes per channel and pixel) and captions, held in memory."""
     images: list[Tensor] = []
     rows: list[Tensor] = []
     bad = []
-    loader = image_loader(samples, preprocess, batch_size=data.batch_size, workers=data.workers)
+    loader = image_loader(index, preprocess, batch_size=data.batch_size, workers=data.workers)
     for batch in tqdm(loader, desc="decoding", unit="batch"):
         bad.extend(batch.bad)
         if len(batch.rows):
             images.append(batch.images.to(torch.bfloat16))
             rows.append(batch.rows)
-    check_bad(bad, len(samples), data.max_bad_fraction)
-    captions = [read_text(samples[row]) for row in torch.cat(rows).tolist()]
+    check_bad(bad, len(index), data.max_bad_fraction)
+    captions = [read_text(index[row]) for row in torch.cat(rows).tolist()]
     return torch.cat(images), tokenizer(captions)
 
 

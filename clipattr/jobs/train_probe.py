@@ -6,11 +6,12 @@ import lightning as L
 import torch
 from torch.nn.functional import normalize
 
-from clipattr.clip import Clip, embed_prompts
+from clipattr.clip import Clip
 from clipattr.config.schema import TrainProbe
-from clipattr.data import find_shards, index_shards
-from clipattr.data.shards import keep_complete, read_label
-from clipattr.jobs.model import load_model, read_embeddings
+from clipattr.data import load_features
+from clipattr.data.shards import read_label
+from clipattr.data.store import hash_json
+from clipattr.jobs.model import find_images, load_model, read_embeddings
 from clipattr.jobs.start import Plan, describe_model, describe_shards
 from clipattr.probes.files import ProbeRecord, save_probe
 from clipattr.probes.linear import LinearProbe
@@ -41,8 +42,7 @@ def train_probe(config: TrainProbe, command: list[str]) -> None:
     data = RowsDataModule(
         load, batch_size=settings.batch_size, seed=config.seed, n_steps=config.trainer.steps
     )
-    embed_width = embed_prompts(clip, [""]).shape[1]
-    probe = LinearProbe(embed_width, len(settings.classes))
+    probe = LinearProbe(clip.d_embed, len(settings.classes))
     module = ProbeModule(
         probe, lr=settings.lr, weight_decay=settings.weight_decay, n_steps=config.trainer.steps
     )
@@ -75,9 +75,9 @@ def measure(probe: LinearProbe, rows: Rows) -> float:
 def _labelled_rows(config: TrainProbe, clip: Clip) -> tuple[Rows, str]:
     data, settings = config.data, config.probe
     needed = ("cls",) if settings.label == "cls" else ("json",)
-    samples, _ = keep_complete(
-        index_shards(find_shards(data.shards)), needed, data.max_bad_fraction
-    )
-    labels = torch.tensor([read_label(one, settings.label, settings.classes) for one in samples])
-    store = read_embeddings(clip, samples, data, progress=config.trainer.progress)
-    return (normalize(store.x, dim=-1), labels[store.image_rows]), store.fingerprint
+    progress = config.trainer.progress
+    index, _ = find_images(data.shards, data, needed, progress=progress)
+    labels = torch.tensor([read_label(one, settings.label, settings.classes) for one in index])
+    store = read_embeddings(clip, index, data, progress=progress)
+    x, images = load_features(store)
+    return (normalize(x, dim=-1), labels[images]), hash_json(store.fingerprint)

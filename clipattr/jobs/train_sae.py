@@ -6,12 +6,14 @@ import lightning as L
 import torch
 
 from clipattr.config.schema import TrainSae
-from clipattr.jobs.model import FrozenClip, load_frozen, read_features
+from clipattr.data import ActivationStore, Ranks, load_features
+from clipattr.data.store import hash_json
+from clipattr.jobs.model import FrozenClip, find_images, load_frozen, read_activations
 from clipattr.jobs.start import Plan, describe_model, describe_shards
 from clipattr.metrics.reconstruction import Reconstruction
 from clipattr.sae.files import SaeRecord, save_sae
 from clipattr.sae.topk import TopKSae
-from clipattr.training.rows import Rows, RowsDataModule
+from clipattr.training.activations import ActivationDataModule
 from clipattr.training.sae_module import SaeModule
 from clipattr.training.trainer import build_trainer, fit
 
@@ -33,26 +35,28 @@ def train_sae(config: TrainSae, command: list[str]) -> None:
     run = plan.open()
     progress = config.trainer.progress
 
-    def load() -> tuple[Rows, str]:
-        store = read_features(frozen, config.data.shards, config.data, (), progress=progress).store
-        return (store.x,), store.fingerprint
+    def open_store(ranks: Ranks) -> ActivationStore:
+        images = find_images(config.data.shards, config.data, progress=progress)
+        return read_activations(frozen, images.usable, config.data, ranks=ranks, progress=progress)
 
-    data = RowsDataModule(
-        load, batch_size=config.sae.batch_size, seed=config.seed, n_steps=config.trainer.steps
+    data = ActivationDataModule(
+        open_store, batch_size=config.sae.batch_size, seed=config.seed, n_steps=config.trainer.steps
     )
     module = _module(config, frozen.cut.d_site)
     trainer = build_trainer(config.trainer, run.path)
     fit(trainer, module, data, run.path)
     if trainer.is_global_zero:
+        assert data.store is not None, "it was trained on"
+        fingerprint = hash_json(data.store.fingerprint)
         metrics = measure(module.sae, frozen, config, progress=progress)
         record = SaeRecord(
             site=frozen.cut.site.to_json(),
             model={"name": config.model.name, "weights_sha256": frozen.clip.weights_sha256},
-            data_fingerprint=data.fingerprint,
+            data_fingerprint=fingerprint,
             metrics=metrics,
         )
         save_sae(module.sae, run.path, record)
-        run.update_manifest(data=data.fingerprint)
+        run.update_manifest(data=fingerprint)
         run.write_metrics({"sae": metrics})
         run.finish()
 
@@ -76,9 +80,8 @@ def measure(
     sae: TopKSae, frozen: FrozenClip, config: TrainSae, *, progress: bool
 ) -> dict[str, float]:
     """Reconstruction of the held-out shards."""
-    x = read_features(
-        frozen, config.held_out, config.data, (), setting="held_out", progress=progress
-    ).store.x
+    images = find_images(config.held_out, config.data, setting="held_out", progress=progress)
+    x = load_features(read_activations(frozen, images.usable, config.data, progress=progress)).x
     # Only the first process measures; the others would never come to a gathering.
     metric = Reconstruction(d_model=sae.d_model, n_latents=sae.n_latents, sync_on_compute=False)
     with torch.no_grad():

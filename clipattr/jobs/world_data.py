@@ -10,9 +10,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipattr.config.schema import EvaluateWorld, SiteConfig
+from clipattr.data import load_features
 from clipattr.data.shards import Sample, read_json
+from clipattr.data.store import hash_json
 from clipattr.errors import CheckpointError, ConfigError, DataError
-from clipattr.jobs.model import FrozenClip, load_frozen, read_features
+from clipattr.jobs.model import FrozenClip, find_images, load_frozen, read_activations
 from clipattr.probes.files import load_probe
 from clipattr.probes.linear import LinearProbe
 from clipattr.sae.files import load_sae
@@ -86,22 +88,21 @@ def split_folder(config: EvaluateWorld, split: Split) -> str:
 
 
 def _read_split(frozen: FrozenClip, config: EvaluateWorld, split: Split) -> SplitRows:
-    features = read_features(
-        frozen,
-        split_folder(config, split),
-        config.data,
-        ("json",),
-        setting="world",
-        progress=config.trainer.progress,
+    progress = config.trainer.progress
+    index, _ = find_images(
+        split_folder(config, split), config.data, ("json",), setting="world", progress=progress
     )
-    factors = [read_json(sample) for sample in features.samples]
+    store = read_activations(frozen, index, config.data, progress=progress)
+    x, images = load_features(store)
+    samples = [index[row] for row in images.tolist()]
+    factors = [read_json(sample) for sample in samples]
     needed = {entry.name for entry in fields(Scene)} | {"noun", "caption"}
     if split is Split.task_pairs:
         needed |= {"pair", "variant"}
-    for sample, found in zip(features.samples, factors, strict=True):
+    for sample, found in zip(samples, factors, strict=True):
         if not needed <= found.keys():
             raise DataError(
                 f"{sample.shard}: {sample.key}.json lacks {sorted(needed - found.keys())}; this "
                 "job reads shards that render_world has written"
             )
-    return SplitRows(features.samples, factors, features.store.x, features.store.fingerprint)
+    return SplitRows(samples, factors, x, hash_json(store.fingerprint))

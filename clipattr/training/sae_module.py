@@ -11,8 +11,8 @@ from clipattr.sae.constraints import normalise_decoder_, remove_parallel_gradien
 from clipattr.sae.dead import FiringHistory
 from clipattr.sae.losses import auxk_loss, reconstruction_loss
 from clipattr.sae.topk import TopKSae
+from clipattr.training.activations import ActivationDataModule
 from clipattr.training.optim import warmup_hold_decay, with_schedule
-from clipattr.training.rows import RowsDataModule
 
 INIT_ROWS = 8192
 
@@ -44,8 +44,8 @@ class SaeModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Mean and scale from the first rows; DDP wraps and checkpoints are restored later."""
         data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        assert isinstance(data, RowsDataModule)
-        self.sae.initialise_from(data.rows[0][:INIT_ROWS])
+        assert isinstance(data, ActivationDataModule)
+        self.sae.initialise_from(data.first_rows(INIT_ROWS))
 
     def training_step(
         self, batch: tuple[Float[Tensor, "batch model"]], batch_idx: int

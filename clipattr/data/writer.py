@@ -1,0 +1,225 @@
+"""Write activation stores: every image is read once for all sites together, by any number of ranks.
+
+The images are permuted and cut into chunks, and the rows of a chunk are mixed before they are cut
+into blocks: neighbours in a file are strangers in the source, so that a reader needs a small window
+only. What a chunk holds does not depend on who writes it, and it has its name only when it is
+complete: a killed pass, or one on another number of ranks, goes on with those that are missing.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from clipattr.atomic import write_bytes, write_text
+from clipattr.data.chunks import Layout, OpenChunk, Read, Source, has_chunk, sidecar_name
+from clipattr.data.columns import Column
+from clipattr.data.shards import BadSample, check_bad
+from clipattr.data.store import (
+    BAD,
+    FORMAT,
+    KEYS,
+    PLAN,
+    STORE,
+    ActivationStore,
+    check_format,
+    check_same,
+    hash_json,
+    read_json,
+)
+from clipattr.errors import DataError
+
+# A temporary file that nobody wrote to for so long was left by a process that was killed.
+STALE_SECONDS = 3600
+
+
+class StorePlan(NamedTuple):
+    """One store to write.
+
+    Attributes:
+        folder: where; it may hold a part of the store, or all of it.
+        fingerprint: what decides the values (weights, site, preprocessing, precision, source
+            index) as plain JSON. A store made from something else is refused.
+        columns: what is stored per row, such as {"x": Column("float16", 768)}.
+        tokens: rows per image.
+    """
+
+    folder: Path
+    fingerprint: dict[str, object]
+    columns: dict[str, Column]
+    tokens: int = 1
+
+
+def write_stores(
+    plans: Mapping[str, StorePlan],
+    keys: Sequence[str],
+    read: Read,
+    *,
+    order: str = "mixed",
+    seed: int = 0,
+    chunk_images: int = 8192,
+    chunk_rows: int = 262_144,
+    block_rows: int = 8192,
+    rank: int = 0,
+    world_size: int = 1,
+    barrier: Callable[[], object] = lambda: None,
+    max_bad_fraction: float = 0.0,
+    progress: bool = False,
+) -> dict[str, ActivationStore]:
+    """Open the stores; what is not there yet is written first, in one pass over the images.
+
+    Every rank calls this with the same arguments, but its rank. A finished store is opened whatever
+    its seed and sizes are; an unfinished one must have been begun with the same.
+
+    Args:
+        plans: name -> store.
+        keys: of all source images, in the order of the source.
+        read: images (rows of the source) -> their batches, in the same order. Called at most once,
+            with everything that this rank has to read, so that workers can decode ahead.
+        order: "mixed", or "source" to keep the order of the source.
+        seed: of the mixing.
+        chunk_images: the largest number of images per file: the work that a kill can cost.
+        chunk_rows: the largest number of rows per file; twice as many are held in memory.
+        block_rows: the largest number of rows per block.
+        rank: of this process.
+        world_size: the number of processes.
+        barrier: returns when every process has called it.
+        max_bad_fraction: share of images that cannot be read above which the pass stops.
+        progress: show a bar.
+    """
+    if not keys:
+        raise DataError("there is no image to store the activations of")
+    n_tokens = max(plan.tokens for plan in plans.values())
+    per_chunk = max(1, min(chunk_images, chunk_rows // n_tokens))
+    layout = Layout(len(keys), -(-len(keys) // per_chunk), order, seed, block_rows)
+    if rank == 0:
+        for plan in plans.values():
+            _begin(plan, layout, keys)
+    barrier()
+    unfinished = {name: plan for name, plan in plans.items() if not _is_finished(plan, layout)}
+    chunks = range(rank, layout.n_chunks, world_size)
+    _write_missing(unfinished, layout, read, chunks, max_bad_fraction, progress=progress)
+    barrier()
+    if rank == 0:
+        for plan in unfinished.values():
+            _finish(plan, layout)
+    barrier()
+    return {name: _open(plan, max_bad_fraction) for name, plan in plans.items()}
+
+
+def _open(plan: StorePlan, max_bad_fraction: float) -> ActivationStore:
+    store = ActivationStore.open(plan.folder, plan.fingerprint)
+    check_bad(store.bad, store.n_images, max_bad_fraction)
+    if store.n_rows == 0:
+        raise DataError(f"none of the {store.n_images} images can be read")
+    return store
+
+
+def _describe(plan: StorePlan, layout: Layout) -> dict[str, object]:
+    asked = {"fingerprint": plan.fingerprint, "columns": plan.columns, "tokens": plan.tokens}
+    return json.loads(json.dumps(asked | layout._asdict()))
+
+
+def _begin(plan: StorePlan, layout: Layout, keys: Sequence[str]) -> None:
+    """Note what the folder is for, before anything else is written into it."""
+    try:
+        plan.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{plan.folder}: cannot be made: {error}") from error
+    for path in plan.folder.glob(".*.tmp-*"):
+        if time.time() - path.stat().st_mtime > STALE_SECONDS:
+            path.unlink(missing_ok=True)
+    if (plan.folder / PLAN).exists():
+        return
+    text = "".join(f"{key}\n" for key in keys)
+    if text.count("\n") != len(keys):
+        raise DataError("the key of an image holds a line break")
+    content = text.encode("utf-8", "surrogateescape")
+    write_bytes(plan.folder / KEYS, content)
+    start = {"format": FORMAT, "keys_sha256": hashlib.sha256(content).hexdigest()}
+    _write_json(plan.folder / PLAN, start | _describe(plan, layout))
+
+
+def _is_finished(plan: StorePlan, layout: Layout) -> bool:
+    """Compare the plan with what the folder is for; once it is finished its sizes do not matter."""
+    found, wanted = read_json(plan.folder / PLAN), _describe(plan, layout)
+    check_format(plan.folder / PLAN, found)
+    is_finished = (plan.folder / STORE).exists()
+    content = ("fingerprint", "columns", "tokens", "n_images", "order")
+    for field in content if is_finished else wanted:
+        check_same(plan.folder, field, found[field], wanted[field])
+    return is_finished
+
+
+def _write_missing(
+    plans: Mapping[str, StorePlan],
+    layout: Layout,
+    read: Read,
+    chunks: Iterable[int],
+    max_bad_fraction: float,
+    *,
+    progress: bool,
+) -> None:
+    missing = [
+        number
+        for number in chunks
+        if not all(has_chunk(plan.folder, number) for plan in plans.values())
+    ]
+    if not missing:
+        return
+    images = layout.images()
+    wanted = [images[slice(*layout.bounds(number))] for number in missing]
+    source = Source(read, np.concatenate(wanted))
+    bad: list[BadSample] = []
+    writing: Future[None] | None = None
+    with (
+        ThreadPoolExecutor(1, thread_name_prefix="store") as pool,
+        tqdm(
+            total=len(source.wanted), desc="activations", unit="image", disable=not progress
+        ) as bar,
+    ):
+        for number, part in zip(missing, wanted, strict=True):
+            opened = {
+                name: OpenChunk(plan.folder, number, plan.columns, len(part), plan.tokens)
+                for name, plan in plans.items()
+                if not has_chunk(plan.folder, number)
+            }
+            for batch in source.take(len(part)):
+                bad += batch.bad
+                for name, chunk in opened.items():
+                    chunk.add(batch.images, batch.values[name])
+                    chunk.bad += batch.bad
+                bar.update(len(batch.images) + len(batch.bad))
+            # Before it is kept: images that stop the pass will be repaired and read again.
+            check_bad(bad, layout.n_images, max_bad_fraction)
+            if writing is not None:
+                writing.result()
+            writing = pool.submit(_write_chunks, list(opened.values()), layout)
+        if writing is not None:
+            writing.result()
+
+
+def _write_chunks(chunks: list[OpenChunk], layout: Layout) -> None:
+    for chunk in chunks:
+        chunk.write(layout)
+
+
+def _finish(plan: StorePlan, layout: Layout) -> None:
+    """Write what makes a store of the files: `store.json`, last."""
+    start = read_json(plan.folder / PLAN)
+    chunks = [read_json(plan.folder / sidecar_name(n)) for n in range(layout.n_chunks)]
+    bad = [BadSample(*entry) for chunk in chunks for entry in chunk.pop("bad")]
+    lines = "".join(json.dumps(sample._asdict()) + "\n" for sample in bad)
+    write_text(plan.folder / BAD, lines)
+    content = start | {"chunks": chunks, "sha256": None}
+    _write_json(plan.folder / STORE, content | {"sha256": hash_json(content)})
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    write_text(path, json.dumps(content) + "\n")
