@@ -86,7 +86,7 @@ def mix_heads(
     layer: Layer, x: Float[Tensor, "batch token model"], context: Context
 ) -> Float[Tensor, "batch token heads"]:
     """Outputs z of all heads side by side: what the output projection reads."""
-    q, k, v = _queries_keys_values(layer, x, context)
+    q, k, v = _project(layer, x, context, "qkv")
     z = scaled_dot_product_attention(q, k, v, attn_mask=_mask_of(q, context))
     if (head_scale := getattr(layer, "head_scale", None)) is not None:
         z = z * head_scale
@@ -109,7 +109,7 @@ def attention_weights(
     layer: Layer, x: Float[Tensor, "batch token model"], context: Context
 ) -> Float[Tensor, "batch head query key"]:
     """Softmax of the attention logits."""
-    q, k, _ = _queries_keys_values(layer, x, context)
+    q, k = _project(layer, x, context, "qk")
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     mask = _mask_of(q, context)
     return (logits if mask is None else logits + mask).softmax(dim=-1)
@@ -136,22 +136,23 @@ def head_maps(layer: Layer) -> HeadMaps:
     return HeadMaps(value, value_bias.reshape(heads, -1), rows, output_bias)
 
 
-def _queries_keys_values(
-    layer: Layer, x: Tensor, context: Context
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each [batch, head, token, d_head], with the norms and rotary positions of q and k."""
+def _project(layer: Layer, x: Tensor, context: Context, wanted: str) -> tuple[Tensor, ...]:
+    """q and k (with their norms) and, where wanted, v: each [batch, head, token, d_head]."""
     heads = n_heads(layer)
     batch, token, _ = x.shape
-    projected = linear(x, *_input_weights(layer)).reshape(batch, token, 3, heads, -1)
-    q, k, v = projected.permute(2, 0, 3, 1, 4).unbind(0)
+    weight, bias = _input_weights(layer)
+    n_rows = len(weight) * len(wanted) // 3
+    bias = None if bias is None else bias[:n_rows]
+    projected = linear(x, weight[:n_rows], bias).reshape(batch, token, len(wanted), heads, -1)
+    q, k, *v = projected.permute(2, 0, 3, 1, 4).unbind(0)
     if isinstance(layer, nn.MultiheadAttention):
-        return q, k, v
+        return q, k, *v
     if isinstance(layer, OpenClipAttention):
-        return layer.ln_q(q), layer.ln_k(k), v
+        return layer.ln_q(q), layer.ln_k(k), *v
     q, k = layer.q_norm(q), layer.k_norm(k)
     if context.rope is not None:
-        q, k = (_rotate(layer, side, context.rope).type_as(v) for side in (q, k))
-    return q, k, v
+        q, k = (_rotate(layer, side, context.rope).type_as(projected) for side in (q, k))
+    return q, k, *v
 
 
 def _rotate(layer: Layer, side: Tensor, rope: Tensor) -> Tensor:
