@@ -137,7 +137,7 @@ def head_maps(layer: Layer) -> HeadMaps:
 
 
 def _project(layer: Layer, x: Tensor, context: Context, wanted: str) -> tuple[Tensor, ...]:
-    """q and k (with their norms) and, where wanted, v: each [batch, head, token, d_head]."""
+    """Queries and keys (normed) and, where wanted, values: each [batch, head, token, d_head]."""
     heads = n_heads(layer)
     batch, token, _ = x.shape
     weight, bias = _input_weights(layer)
