@@ -102,6 +102,16 @@ def test_several_edits_of_one_image_share_its_prefix(
         cut.suffix(edited, rest)
 
 
+@pytest.mark.parametrize("shape", [(5, 31), (5, 4, 32)])
+def test_an_activation_of_another_shape_is_refused(tower: Tower, shape: tuple[int, ...]):
+    with pytest.raises(ConfigError, match=r"must be \[rows, width\] with a width of 32"):
+        tower.cut(Site()).suffix(torch.zeros(shape))
+
+
+def test_no_site_is_no_work(tower: Tower, images: Tensor):
+    assert tower.capture(images, []) == {}
+
+
 def test_capture_reads_what_each_cut_reads(tower: Tower, images: Tensor):
     streams = [stream for stream in STREAMS if stream != "embedding"]
     sites = [Site(layer, stream) for layer in (-3, 1) for stream in streams]

@@ -102,7 +102,7 @@ class Cut:
         if stream == "embedding":
             return x
         rest = rest or Rest()
-        self._check_rest(x, rest)
+        self._check(x, rest)
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.trunk.dtype)
         match stream:
@@ -189,7 +189,14 @@ class Cut:
                 residual = self._place(kept, Rest(seen[after], inputs))
         return Rest(residual, inputs if self.trunk.reads_text else None)
 
-    def _check_rest(self, x: Activation, rest: Rest) -> None:
+    def _check(self, x: Activation, rest: Rest) -> None:
+        n_axes = 2 if self.site.tokens == "cls" else 3
+        if x.ndim != n_axes or x.shape[-1] != self.d_site:
+            shape = "[rows, width]" if n_axes == 2 else "[rows, tokens, width]"
+            raise ConfigError(
+                f"{self.site}: x has the shape {list(x.shape)}; it must be {shape} with a width of "
+                f"{self.d_site}"
+            )
         if self.is_whole:
             return
         lacks_residual = rest.residual is None and not (
@@ -225,6 +232,8 @@ def capture(trunk: Trunk, inputs: Inputs, sites: Sequence[Site]) -> dict[Site, A
     wanted: dict[int, set[str]] = {}
     for cut in cuts.values():
         wanted.setdefault(cut.site.layer, set()).add(cut.site.stream)
+    if not wanted:
+        return {}
     last = max(wanted)
     found: dict[Site, Activation] = {}
     x, contexts = trunk.embed(inputs), trunk.contexts(inputs)
