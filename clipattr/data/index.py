@@ -126,7 +126,9 @@ def build_index(
     """
     tables: list[ShardTable] = []
     results = map_in_processes(partial(_read_table, cache=cache), paths, workers=workers)
-    for found in tqdm(results, desc="index", unit="shard", total=len(paths), disable=not progress):
+    for found in tqdm(
+        results, desc="index", unit="shard", total=len(paths), disable=not progress, delay=2
+    ):
         if isinstance(found, Problem):
             raise DataError(f"{found}. clipattr-index lists all that is wrong")
         tables.append(found)
