@@ -15,6 +15,7 @@ from clipattr.data import (
     find_shards,
     select_usable,
 )
+from clipattr.data.features import Encode
 from clipattr.training.trainer import choose_accelerator
 
 
@@ -78,12 +79,35 @@ def read_activations(
 ) -> ActivationStore:
     """The activations of the images at the site, from the cache where they are there."""
     clip, cut = frozen
+    site = cut.site.to_json()
+    return _cache(clip, cut.read, site, cut.d_site, index, data, ranks=ranks, progress=progress)
+
+
+def read_embeddings(
+    clip: Clip, index: ShardIndex, data: ReadConfig, *, progress: bool
+) -> ActivationStore:
+    """The un-normalised image embeddings of any model: no tower is cut."""
+    site: dict[str, str | int] = {"stream": "embedding"}
+    return _cache(clip, clip.encode_image, site, clip.d_embed, index, data, progress=progress)
+
+
+def _cache(
+    clip: Clip,
+    encode: Encode,
+    site: dict[str, str | int],
+    width: int,
+    index: ShardIndex,
+    data: ReadConfig,
+    *,
+    ranks: Ranks = Ranks(),  # noqa: B008  immutable
+    progress: bool,
+) -> ActivationStore:
     return cache_activations(
         index,
-        cut.read,
+        encode,
         clip.preprocess,
-        made_from={"weights": clip.weights_sha256, "site": cut.site.to_json()},
-        width=cut.d_site,
+        made_from={"weights": clip.weights_sha256, "site": site},
+        width=width,
         dtype=data.cache_dtype.name,
         folder=Path(data.cache),
         batch_size=data.batch_size,
@@ -91,25 +115,5 @@ def read_activations(
         max_bad_fraction=data.max_bad_fraction,
         device=clip.device,
         ranks=ranks,
-        progress=progress,
-    )
-
-
-def read_embeddings(
-    clip: Clip, index: ShardIndex, data: ReadConfig, *, progress: bool
-) -> ActivationStore:
-    """The un-normalised image embeddings of any model: no tower is cut."""
-    return cache_activations(
-        index,
-        clip.encode_image,
-        clip.preprocess,
-        made_from={"weights": clip.weights_sha256, "site": {"stream": "embedding"}},
-        width=clip.d_embed,
-        dtype=data.cache_dtype.name,
-        folder=Path(data.cache),
-        batch_size=data.batch_size,
-        workers=data.workers,
-        max_bad_fraction=data.max_bad_fraction,
-        device=clip.device,
         progress=progress,
     )
