@@ -139,9 +139,10 @@ def fit(
 def _strategy(settings: TrainerConfig) -> str | DDPStrategy:
     if settings.devices == 1:
         return "auto"
-    # Counters differ between ranks on purpose, so rank 0 must not overwrite them.
+    # Counters differ between ranks on purpose, so rank 0 must not overwrite them. The time limit
+    # turns a hang into an error; a rank may wait that long for another one's part of the cache.
     return DDPStrategy(
-        broadcast_buffers=False, gradient_as_bucket_view=True, timeout=timedelta(minutes=5)
+        broadcast_buffers=False, gradient_as_bucket_view=True, timeout=timedelta(minutes=30)
     )
 
 
