@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 import webdataset as wds
 from PIL import EpsImagePlugin, Image, UnidentifiedImageError
+from torchvision.transforms import ToTensor
 from webdataset.autodecode import DecodingError
 from webdataset.writer import TarWriter
 
@@ -25,6 +25,7 @@ from clipattr.data.check import check_shards
 from clipattr.data.faults import Fault, Problem
 from clipattr.data.images import image_loader
 from clipattr.data.index import build_index, select_usable
+from clipattr.data.pixels import Pixels
 from clipattr.data.scan import MAX_FIELDS
 from clipattr.data.shards import find_shards, read_json, read_label, read_text
 from clipattr.errors import DataError
@@ -427,7 +428,7 @@ def test_key_in_two_shards(tmp_path: Path):
 def decode(path: Path) -> tuple[list[int], list[tuple[str, str]]]:
     """The rows that can be decoded, and key and reason of the others."""
     index = build_index([path], cache=None)
-    loader = image_loader(index, lambda image: torch.ones(3, 1, 1), batch_size=8, workers=0)
+    loader = image_loader(index, Pixels(ToTensor()), batch_size=8, workers=0)
     (batch,) = list(loader)
     return batch.rows.tolist(), [(bad.key, bad.reason) for bad in batch.bad]
 

@@ -21,6 +21,7 @@ from clipattr.data import (
     image_loader,
     load_features,
 )
+from clipattr.data.pixels import Pixels
 from clipattr.errors import DataError
 from clipattr.world import shards as world_shards
 from clipattr.world.sampling import Split
@@ -28,6 +29,7 @@ from clipattr.world.shards import draw_samples
 
 SIDE = 6
 PREPROCESS = Compose([ToTensor()])
+PIXELS = Pixels(PREPROCESS)
 WEIGHT = torch.randn(3 * SIDE * SIDE, 5, generator=torch.Generator().manual_seed(0))
 
 
@@ -103,7 +105,7 @@ def cache(
     store = cache_activations(
         samples,
         prefix,
-        preprocess,
+        Pixels(preprocess),
         made_from={"weights": weights, "site": {"layer": 1}},
         width=5,
         dtype=dtype,
@@ -147,8 +149,8 @@ def test_every_colour_mode_becomes_rgb(tmp_path: Path, mode: str):
     grey = Image.fromarray(np.full((SIDE, SIDE), 255, dtype=np.uint8)).convert("RGB")
     grey.convert(mode).save(buffer, "JPEG" if mode == "CMYK" else "PNG")
     (found,) = index_of(write_shard(tmp_path / "a.tar", {"a": buffer.getvalue()}))
-    (batch,) = image_loader([found], PREPROCESS, batch_size=1, workers=0)
-    assert torch.equal(batch.images, torch.ones(1, 3, SIDE, SIDE))
+    (batch,) = image_loader([found], PIXELS, batch_size=1, workers=0)
+    assert torch.equal(batch.images, torch.full((1, 3, SIDE, SIDE), 255, dtype=torch.uint8))
 
 
 # The cache
@@ -279,7 +281,7 @@ def test_what_is_no_image_is_reported(tmp_path: Path, content: str):
     }
     images = {"good": png_of(0), "bad": contents[content]}
     samples = index_of(write_shard(tmp_path / "a.tar", images))
-    (batch,) = image_loader(samples, PREPROCESS, batch_size=2, workers=0)
+    (batch,) = image_loader(samples, PIXELS, batch_size=2, workers=0)
     assert batch.rows.tolist() == [0]
     assert [(bad.shard, bad.key) for bad in batch.bad] == [(str(tmp_path / "a.tar"), "bad")]
     assert not marker.exists()
@@ -287,7 +289,7 @@ def test_what_is_no_image_is_reported(tmp_path: Path, content: str):
 
 def test_decompression_bomb_is_reported(samples: ShardIndex, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", SIDE * SIDE // 3)
-    (batch,) = image_loader(samples.select(np.arange(1)), PREPROCESS, batch_size=1, workers=0)
+    (batch,) = image_loader(samples.select(np.arange(1)), PIXELS, batch_size=1, workers=0)
     assert len(batch.rows) == 0
     assert "exceeds limit" in batch.bad[0].reason
 
@@ -303,7 +305,7 @@ def test_workers_decode_the_same_world_in_the_same_order(tmp_path: Path):
     write_shard(tmp_path / "b.tar", {"broken": b"no image"})
     samples = index_of(tmp_path / "a.tar", tmp_path / "b.tar")
     batches = [
-        list(image_loader(samples, PREPROCESS, batch_size=3, workers=workers)) for workers in (0, 2)
+        list(image_loader(samples, PIXELS, batch_size=3, workers=workers)) for workers in (0, 2)
     ]
     assert [batch.rows.tolist() for batch in batches[0]] == [[0, 1, 2], [3, 4, 5], [6]]
     for alone, shared in zip(*batches, strict=True):
@@ -314,7 +316,7 @@ def test_workers_decode_the_same_world_in_the_same_order(tmp_path: Path):
     assert [(bad.key, bad.reason) for bad in batches[1][-1].bad] == [broken]
     jpeg = next(draw_samples(Split.val, 4, seed=0))["jpg"]
     with Image.open(io.BytesIO(jpeg)) as image:  # type: ignore[arg-type]
-        expected = torch.from_numpy(np.asarray(image).transpose(2, 0, 1) / np.float32(255))
+        expected = torch.from_numpy(np.array(image).transpose(2, 0, 1))
     assert torch.equal(batches[1][1].images[1], expected)
 
 

@@ -13,11 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torchvision.transforms import ToTensor
+from torchvision.transforms import Compose, Normalize, ToTensor
 
-from clipattr.data import images
+from clipattr.data import images, pixels
 from clipattr.data.images import DECODE_ERRORS, decode_image, image_loader
 from clipattr.data.index import build_index
+from clipattr.data.pixels import Pixels
+from clipattr.errors import ConfigError
 from tests.tars import sample, write_shard
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 32, 3)).astype(np.uint8)
@@ -88,6 +90,26 @@ def test_picture_is_that_of_open_clip(name: str):
     assert torch.equal(transform(ours), theirs)
 
 
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("name", AS_OPEN_CLIP.keys() - {"cmyk"})
+def test_two_halves_are_the_whole_preprocessing(name: str, mode: str):
+    """Bit for bit, for every way in which open_clip resizes."""
+    config = open_clip.transform.PreprocessCfg(size=16, resize_mode=mode)
+    transform = open_clip.transform.image_transform_v2(config, is_train=False)
+    halves = Pixels(transform)
+    found = halves.read(AS_OPEN_CLIP[name])
+    assert found.dtype == torch.uint8
+    theirs = transform(Image.open(io.BytesIO(AS_OPEN_CLIP[name])))
+    assert torch.equal(halves.normalise(found), theirs)
+    assert torch.equal(halves.normalise(torch.stack([found, found])), torch.stack([theirs] * 2))
+
+
+def test_a_preprocessing_that_cannot_be_taken_apart_is_refused():
+    for chain in ([Normalize([0.5], [0.5])], [ToTensor(), torch.sqrt]):
+        with pytest.raises(ConfigError, match="does not end in ToTensor and Normalize"):
+            Pixels(Compose(chain))
+
+
 @pytest.mark.parametrize("name", CONVERTED_FIRST)
 def test_picture_is_converted_as_by_pil(name: str):
     """Whose warning of a palette is no warning of ours."""
@@ -153,7 +175,7 @@ def test_bomb_is_counted_like_a_broken_image(tmp_path: Path):
     rows = [sample(f"{n}", jpg=header_of(*size)) for n, size in enumerate(sizes)]
     rows[0] = sample("0", jpg=AS_OPEN_CLIP["png"])
     index = build_index([write_shard(tmp_path / "a.tar", rows)], cache=None)
-    (batch,) = image_loader(index, ToTensor(), batch_size=4, workers=0)
+    (batch,) = image_loader(index, Pixels(ToTensor()), batch_size=4, workers=0)
     assert batch.rows.tolist() == [0]
     assert torch.equal(batch.images[0], ToTensor()(PICTURE))
     assert [bad.key for bad in batch.bad] == ["1", "2", "3"]
@@ -196,9 +218,9 @@ def test_error_without_a_text_has_a_reason(
     def fail(_: bytes) -> Image.Image:
         raise error
 
-    monkeypatch.setattr(images, "decode_image", fail)
+    monkeypatch.setattr(pixels, "decode_image", fail)
     index = build_index([write_shard(tmp_path / "a.tar", [sample("a")])], cache=None)
-    (batch,) = image_loader(index, ToTensor(), batch_size=1, workers=0)
+    (batch,) = image_loader(index, Pixels(ToTensor()), batch_size=1, workers=0)
     (bad,) = batch.bad
     assert bad.reason == f"jpg cannot be decoded: {str(error) or 'AssertionError()'}"
 
@@ -207,13 +229,13 @@ def test_shard_that_was_cut_or_lost_since(tmp_path: Path):
     path = write_shard(tmp_path / "a.tar", [sample("a"), sample("b")])
     index = build_index([path], cache=None)
     path.write_bytes(path.read_bytes()[: index.sample(1).fields["jpg"][0] + 9])
-    (batch,) = image_loader(index, ToTensor(), batch_size=2, workers=0)
+    (batch,) = image_loader(index, Pixels(ToTensor()), batch_size=2, workers=0)
     assert batch.rows.tolist() == [0]
     assert [bad.reason for bad in batch.bad] == [
         f"jpg cannot be read: {path} ends within b.jpg: it was cut since"
     ]
     path.unlink()
-    (batch,) = image_loader(index, ToTensor(), batch_size=2, workers=0)
+    (batch,) = image_loader(index, Pixels(ToTensor()), batch_size=2, workers=0)
     assert [bad.reason.startswith("jpg cannot be read: [Errno 2]") for bad in batch.bad] == [
         True
     ] * 2
@@ -227,4 +249,4 @@ def test_error_of_the_preprocessing_is_no_broken_image(tmp_path: Path):
 
     index = build_index([write_shard(tmp_path / "a.tar", [sample("a")])], cache=None)
     with pytest.raises(ValueError, match="a mistake"):
-        list(image_loader(index, fail, batch_size=1, workers=0))
+        list(image_loader(index, Pixels(Compose([fail, ToTensor()])), batch_size=1, workers=0))

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from clipattr.data.chunks import ReadBatch
 from clipattr.data.columns import Column
-from clipattr.data.images import ImageBatch, Preprocess, image_loader
+from clipattr.data.images import ImageBatch, image_loader
 from clipattr.data.index import ShardIndex
+from clipattr.data.pixels import Pixels
+from clipattr.data.shards import version_of
 from clipattr.data.store import ActivationStore, hash_json
 from clipattr.data.writer import StorePlan, write_stores
 
@@ -41,7 +43,7 @@ class Features(NamedTuple):
 def cache_activations(
     index: ShardIndex,
     encode: Encode,
-    preprocess: Preprocess,
+    pixels: Pixels,
     *,
     made_from: dict[str, object],
     width: int,
@@ -59,7 +61,7 @@ def cache_activations(
     Args:
         index: of the images.
         encode: images -> x [batch, width], without gradient, on `device`.
-        preprocess: the model's own.
+        pixels: the model's own preprocessing.
         made_from: what decides the values besides the images: weights, site.
         width: of x.
         dtype: of the stored numbers: float32, float16 or bfloat16.
@@ -71,17 +73,17 @@ def cache_activations(
         ranks: the processes that share the work.
         progress: show a bar.
     """
-    fingerprint = made_from | {"preprocess": str(preprocess), "images": index.fingerprint}
-    # The times say when a shard was replaced by one of the same size. They decide which cache is
+    fingerprint = made_from | {"preprocess": pixels.fingerprint, "images": index.fingerprint}
+    # Versions say when a shard was replaced by one of the same size. They decide which cache is
     # read, but are no part of the fingerprint: the same data have the same on every machine.
-    times = [path.stat().st_mtime_ns for path in index.shards]
-    name = hash_json(fingerprint | {"times": times, "dtype": dtype})[:16]
+    versions = [version_of(shard) for shard in index.shards]
+    name = hash_json(fingerprint | {"times": versions, "dtype": dtype})[:16]
     plan = StorePlan(folder / name, fingerprint, {"x": Column(dtype, width)})
 
     def read(images: Int[Tensor, " image"]) -> Iterator[ReadBatch]:
         chosen = index.select(images.numpy())
-        loader = image_loader(chosen, preprocess, batch_size=batch_size, workers=workers)
-        return _encode_all(loader, images, encode, width, device)
+        loader = image_loader(chosen, pixels, batch_size=batch_size, workers=workers)
+        return _encode_all(loader, images, pixels, encode, width, device)
 
     keys = [key.decode() for key in index.keys.tolist()]
     stores = write_stores(
@@ -101,6 +103,7 @@ def cache_activations(
 def _encode_all(
     loader: Iterable[ImageBatch],
     images: Int[Tensor, " image"],
+    pixels: Pixels,
     encode: Encode,
     width: int,
     device: torch.device | str,
@@ -108,7 +111,7 @@ def _encode_all(
     for batch in loader:
         x = torch.zeros(0, width)
         if len(batch.rows):
-            x = encode(batch.images.to(device)).float().cpu()
+            x = encode(pixels.normalise(batch.images.to(device))).float().cpu()
         yield ReadBatch(images[batch.rows], {"x": {"x": x}}, batch.bad)
 
 

@@ -2,12 +2,11 @@
 
 import io
 import struct
-from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int, UInt8
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -15,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset
 from clipattr.data.shards import BadSample, Sample
 from clipattr.errors import DataError
 
-Preprocess = Callable[[Image.Image], Float[Tensor, "channel height width"]]
 # Whatever the field is called, nothing else is opened: PIL would hand PostScript to Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP")
 # The size from which PIL warns of a bomb: 268 MB of pixels from a file of a few kB.
@@ -45,11 +43,25 @@ class Samples(Protocol):
     def __getitem__(self, row: int, /) -> Sample: ...
 
 
+class ImageError(Exception):
+    """A file that cannot be decoded, and why."""
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Makes pixels of a file, or raises ImageError: `clipattr.data.pixels.Pixels`."""
+
+    def read(self, content: bytes, /) -> UInt8[Tensor, "channel height width"]:
+        """The pixels."""
+        ...
+
+
 class ImageBatch(NamedTuple):
-    """Preprocessed images, the rows of the index they come from, and the broken samples."""
+    """Pixels, the rows of the index and the keys they come from, and the broken samples."""
 
     rows: Int[Tensor, " batch"]
-    images: Float[Tensor, "batch channel height width"]
+    images: UInt8[Tensor, "batch channel height width"]
+    keys: list[str]
     bad: list[BadSample]
 
 
@@ -75,7 +87,7 @@ def decode_image(content: bytes) -> Image.Image:
     """The first picture of the file in RGB; alpha is dropped, EXIF rotation not applied.
 
     As open_clip has it, but for two: 16-bit grey keeps its upper byte, as 16-bit colour does (PIL
-    would make all but the darkest 0.4 % white), and palettes and pictures with alpha are converted
+    would make all but the darkest 0.4 % white), and palettes, CMYK and alpha are converted
     before they are resized. Errors are those of `open_image`.
     """
     with open_image(content) as image:
@@ -93,48 +105,55 @@ def describe_error(error: Exception) -> str:
     return str(error) or repr(error)
 
 
-class ImageDataset(Dataset[tuple[int, Tensor | BadSample]]):
-    """Item i is the preprocessed image of sample i, or a BadSample."""
+class ImageDataset(Dataset[tuple[int, str, Tensor | BadSample]]):
+    """Item i is the row i, the key and the pixels of sample i, or a BadSample."""
 
-    def __init__(self, samples: Samples, preprocess: Preprocess) -> None:
+    def __init__(self, samples: Samples, reader: Reader) -> None:
         self.samples = samples
-        self.preprocess = preprocess
+        self.reader = reader
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, row: int) -> tuple[int, Tensor | BadSample]:
+    def __getitem__(self, row: int) -> tuple[int, str, Tensor | BadSample]:
         sample = self.samples[row]
-        name = sample.image_field
-        assert name is not None, "`select_usable` lets no sample without an image through"
-        try:
-            content = sample.read(name)
-        except (OSError, DataError) as error:
-            return row, BadSample(str(sample.shard), sample.key, f"{name} cannot be read: {error}")
-        try:
-            image = decode_image(content)
-        except DECODE_ERRORS as error:
-            reason = f"{name} cannot be decoded: {describe_error(error)}"
-            return row, BadSample(str(sample.shard), sample.key, reason)
-        return row, self.preprocess(image)
+        return row, sample.key, read_pixels(sample, self.reader)
 
 
-def collate(items: list[tuple[int, Tensor | BadSample]]) -> ImageBatch:
+def read_pixels(
+    sample: Sample, reader: Reader
+) -> UInt8[Tensor, "channel height width"] | BadSample:
+    """The pixels of a sample's image, or what is wrong with it."""
+    name = sample.image_field
+    assert name is not None, "`select_usable` lets no sample without an image through"
+    try:
+        content = sample.read(name)
+    except (OSError, DataError) as error:
+        return BadSample(str(sample.shard), sample.key, f"{name} cannot be read: {error}")
+    try:
+        return reader.read(content)
+    except ImageError as error:
+        return BadSample(str(sample.shard), sample.key, f"{name} cannot be decoded: {error}")
+
+
+def collate(items: list[tuple[int, str, Tensor | BadSample]]) -> ImageBatch:
     """Stack the good images of a batch."""
-    good = [(row, item) for row, item in items if isinstance(item, Tensor)]
+    good = [(row, key, item) for row, key, item in items if isinstance(item, Tensor)]
+    empty = torch.zeros(0, 3, 1, 1, dtype=torch.uint8)
     return ImageBatch(
-        rows=torch.tensor([row for row, _ in good], dtype=torch.int64),
-        images=torch.stack([image for _, image in good]) if good else torch.zeros(0, 3, 1, 1),
-        bad=[item for _, item in items if isinstance(item, BadSample)],
+        rows=torch.tensor([row for row, _, _ in good], dtype=torch.int64),
+        images=torch.stack([image for _, _, image in good]) if good else empty,
+        keys=[key for _, key, _ in good],
+        bad=[item for _, _, item in items if isinstance(item, BadSample)],
     )
 
 
 def image_loader(
-    samples: Samples, preprocess: Preprocess, *, batch_size: int, workers: int
-) -> DataLoader[tuple[int, Tensor | BadSample]]:
+    samples: Samples, reader: Reader, *, batch_size: int, workers: int
+) -> DataLoader[tuple[int, str, Tensor | BadSample]]:
     """Every sample exactly once, in order."""
     return DataLoader(
-        ImageDataset(samples, preprocess),
+        ImageDataset(samples, reader),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=collate,

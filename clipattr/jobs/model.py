@@ -16,6 +16,7 @@ from clipattr.data import (
     select_usable,
 )
 from clipattr.data.features import Encode
+from clipattr.data.pixels import Pixels
 from clipattr.training.trainer import choose_accelerator
 
 
@@ -105,7 +106,7 @@ def _cache(
     return cache_activations(
         index,
         encode,
-        clip.preprocess,
+        Pixels(clip.preprocess),
         made_from={"weights": clip.weights_sha256, "site": site},
         width=width,
         dtype=data.cache_dtype.name,

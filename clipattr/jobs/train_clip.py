@@ -15,6 +15,7 @@ from clipattr.clip.names import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, architec
 from clipattr.config.schema import DataConfig, TrainClip
 from clipattr.data.images import image_loader
 from clipattr.data.index import ShardIndex
+from clipattr.data.pixels import Pixels
 from clipattr.data.shards import check_bad, read_text
 from clipattr.jobs.model import find_images
 from clipattr.jobs.start import Plan, describe_files, describe_shards
@@ -70,11 +71,12 @@ def _pairs(
     images: list[Tensor] = []
     rows: list[Tensor] = []
     bad = []
-    loader = image_loader(index, preprocess, batch_size=data.batch_size, workers=data.workers)
+    pixels = Pixels(preprocess)
+    loader = image_loader(index, pixels, batch_size=data.batch_size, workers=data.workers)
     for batch in tqdm(loader, desc="decoding", unit="batch"):
         bad.extend(batch.bad)
         if len(batch.rows):
-            images.append(batch.images.to(torch.bfloat16))
+            images.append(pixels.normalise(batch.images).to(torch.bfloat16))
             rows.append(batch.rows)
     check_bad(bad, len(index), data.max_bad_fraction)
     captions = [read_text(index[row]) for row in torch.cat(rows).tolist()]
