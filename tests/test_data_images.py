@@ -91,7 +91,7 @@ def test_picture_is_that_of_open_clip(name: str):
 
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
-@pytest.mark.parametrize("name", AS_OPEN_CLIP.keys() - {"cmyk"})
+@pytest.mark.parametrize("name", sorted(AS_OPEN_CLIP.keys() - {"cmyk"}))
 def test_two_halves_are_the_whole_preprocessing(name: str, mode: str):
     """Bit for bit, for every way in which open_clip resizes."""
     config = open_clip.transform.PreprocessCfg(size=16, resize_mode=mode)
@@ -177,7 +177,7 @@ def test_bomb_is_counted_like_a_broken_image(tmp_path: Path):
     index = build_index([write_shard(tmp_path / "a.tar", rows)], cache=None)
     (batch,) = image_loader(index, Pixels(ToTensor()), batch_size=4, workers=0)
     assert batch.rows.tolist() == [0]
-    assert torch.equal(batch.images[0], ToTensor()(PICTURE))
+    assert torch.equal(batch.images[0], torch.from_numpy(PIXELS).permute(2, 0, 1))
     assert [bad.key for bad in batch.bad] == ["1", "2", "3"]
     assert all("pixels" in bad.reason for bad in batch.bad)
 
