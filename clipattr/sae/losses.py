@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from clipattr.codes import SparseCodes
+from clipattr.sae.kernels import choose
 from clipattr.sae.topk import SaeOutput, TopKSae
 
 
@@ -35,8 +36,9 @@ def auxk_loss(
     dead = is_dead.nonzero().squeeze(1)
     if len(dead) == 0:
         return sae.b_enc.sum() * 0.0
-    values, slots = output.pre[:, dead].topk(min(k_aux, len(dead)), dim=-1)
-    codes = SparseCodes(dead[slots], values.relu() * sae.input_scale, sae.n_latents)
+    indices = dead[output.pre[:, dead].topk(min(k_aux, len(dead)), dim=-1).indices]
+    values = choose(output.pre, indices, output.inputs, sae.W_enc, sae.b_enc)
+    codes = SparseCodes(indices, values.relu() * sae.input_scale, sae.n_latents)
     # Detached: the live latents must not learn to leave something over for the dead ones.
     residual = (x - output.recon).detach()
     return _relative_error(residual, codes.decode(sae.W_dec))

@@ -10,13 +10,18 @@ from torch.nn import functional
 
 from clipattr.codes import SparseCodes
 from clipattr.errors import ConfigError, DataError
+from clipattr.sae.kernels import choose, pre_activations
 
 
 class SaeOutput(NamedTuple):
-    """One forward pass: codes in raw units, recon = x_hat, pre = z in normalised units."""
+    """One forward pass: codes in raw units, recon = x_hat; `inputs` and `pre` are normalised.
+
+    `pre` holds z of every latent and has no gradient: `kernels.choose` gives that of some of them.
+    """
 
     codes: SparseCodes
     recon: Float[Tensor, "*rows model"]
+    inputs: Float[Tensor, "*rows model"]
     pre: Float[Tensor, "*rows latent"]
 
 
@@ -80,21 +85,23 @@ class TopKSae(nn.Module):
 
     def encode(self, x: Float[Tensor, "*rows model"]) -> SparseCodes:
         """The k largest latents of each row, a_j in the units of x, largest first."""
-        return self._select(self._pre(x))
+        return self._encode(x)[0]
 
     def decode(self, codes: SparseCodes) -> Float[Tensor, "*rows model"]:
         """The reconstruction sum_j a_j v_j + b_dec."""
         return codes.decode(self.W_dec) + self.b_dec
 
     def forward(self, x: Float[Tensor, "*rows model"]) -> SaeOutput:
-        """Encode and decode; `pre` is kept for the auxiliary loss."""
-        pre = self._pre(x)
-        codes = self._select(pre)
-        return SaeOutput(codes, self.decode(codes), pre)
+        """Encode and decode."""
+        codes, inputs, pre = self._encode(x)
+        return SaeOutput(codes, self.decode(codes), inputs, pre)
 
-    def _pre(self, x: Float[Tensor, "*rows model"]) -> Float[Tensor, "*rows latent"]:
-        return functional.linear((x - self.b_dec) / self.input_scale, self.W_enc, self.b_enc)
-
-    def _select(self, pre: Float[Tensor, "*rows latent"]) -> SparseCodes:
-        values, indices = pre.topk(self.k, dim=-1)
-        return SparseCodes(indices, values.relu() * self.input_scale, self.n_latents)
+    def _encode(self, x: Float[Tensor, "*rows model"]) -> tuple[SparseCodes, Tensor, Tensor]:
+        inputs = (x - self.b_dec) / self.input_scale
+        rows = inputs.reshape(-1, self.d_model)
+        pre = pre_activations(rows, self.W_enc, self.b_enc)
+        indices = pre.topk(self.k, dim=-1).indices
+        values = choose(pre, indices, rows, self.W_enc, self.b_enc).relu() * self.input_scale
+        shape = (*x.shape[:-1], -1)
+        codes = SparseCodes(indices.reshape(shape), values.reshape(shape), self.n_latents)
+        return codes, inputs, pre.reshape(shape)
