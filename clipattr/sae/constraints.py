@@ -18,7 +18,8 @@ BLOCK = 256
 @torch.no_grad()
 def normalise_decoder_(W_dec: Float[Tensor, "latent model"]) -> None:
     """In place, v_j <- v_j / ||v_j||."""
-    W_dec.copy_(functional.normalize(W_dec, dim=1))
+    # In place: a second matrix would have to be given memory by the system at every step.
+    W_dec.div_(torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min_(1e-12))
 
 
 @torch.no_grad()
