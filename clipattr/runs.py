@@ -23,6 +23,7 @@ from clipattr.atomic import write_text
 from clipattr.config.load import to_yaml
 from clipattr.config.schema import JobConfig
 from clipattr.errors import ConfigError, DataError
+from clipattr.redact import hide_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,9 @@ PACKAGES = (
     "webdataset",
     "omegaconf",
 )
+
+
+BAD_SAMPLES = "bad_samples.jsonl"
 
 
 class RunFolder:
@@ -60,6 +64,12 @@ class RunFolder:
     def update_manifest(self, **values: Any) -> None:
         """Add what is known only later, for example data=fingerprint."""
         self._merge("manifest.json", values)
+
+    def write_bad(self, lines: Sequence[Mapping[str, str]]) -> None:
+        """List the samples that were left out, in bad_samples.jsonl; no file when there is none."""
+        if lines and is_first_process():
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            write_text(self.path / BAD_SAMPLES, text)
 
     def finish(self) -> None:
         """The last thing a job does: from now on the same job with the same inputs is skipped."""
@@ -102,7 +112,7 @@ def open_run(
     is_resumed = _is_same(run.path, config, inputs)
     if not is_resumed:
         _start_over(run, outputs)
-    write_text(run.path / "config.yaml", to_yaml(config))
+    write_text(run.path / "config.yaml", _to_text(config))
     run.update_manifest(
         versions={
             "python": platform.python_version(),
@@ -112,7 +122,7 @@ def open_run(
         seed=config.seed,
         data=None,
         inputs=inputs,
-        command=command,
+        command=[hide_secrets(word) for word in command],
         started=datetime.now(UTC).isoformat(timespec="seconds"),
         resumed=is_resumed,
         wall_seconds=None,
@@ -153,14 +163,19 @@ def _is_same(path: Path, config: JobConfig, inputs: Any) -> bool:
     manifest = read_json(path / "manifest.json")
     if manifest is None or not stored.exists():
         return False
-    is_same_config = stored.read_text(encoding="utf-8") == to_yaml(config)
+    is_same_config = stored.read_text(encoding="utf-8") == _to_text(config)
     return is_same_config and manifest.get("inputs") == json.loads(json.dumps(inputs))
+
+
+def _to_text(config: JobConfig) -> str:
+    """The config as it is kept: a signed URL is a password, and a new signature no new run."""
+    return hide_secrets(to_yaml(config))
 
 
 def _start_over(run: RunFolder, outputs: Sequence[str]) -> None:
     # The manifest goes first: a kill in between must not leave a folder that counts as finished.
     # config.yaml and the new manifest are written last, so a kill before that repeats this.
-    stale = ["manifest.json", "metrics.json", "config.yaml"]
+    stale = ["manifest.json", "metrics.json", "config.yaml", BAD_SAMPLES]
     if any((run.path / name).exists() for name in stale) or run.checkpoints.exists():
         logger.info("%s: config or inputs changed, the run starts over", run.path)
     for path in [run.path / name for name in (*stale, *outputs)] + [run.checkpoints]:

@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,8 +30,9 @@ def run_index(arguments: list[str]) -> int:
     from clipattr.data.check import check_shards
     from clipattr.data.shards import find_shards
 
+    find = partial(find_shards, cache=options.cache)
     try:
-        paths = [path for spec in options.shards for path in find_shards(spec, "SHARDS")]
+        paths = [path for spec in options.shards for path in find(spec, "SHARDS")]
         report = check_shards(
             paths,
             fields,
@@ -73,7 +75,7 @@ def _index_parser() -> argparse.ArgumentParser:
         "do. Exit code 0: nothing is wrong. 1: something is. 2: it could not be checked.",
     )
     parser.add_argument(
-        "shards", nargs="+", metavar="SHARDS", help="files, folders or brace patterns"
+        "shards", nargs="+", metavar="SHARDS", help="files, folders, brace patterns; URLs too"
     )
     parser.add_argument(
         "--fields", default="", metavar="jpg,cls", help="fields that every sample must have"
@@ -87,7 +89,8 @@ def _index_parser() -> argparse.ArgumentParser:
         "--cache",
         type=Path,
         metavar="DIR",
-        help="keep the index there, as data.cache of a config does: training starts at once",
+        help="keep the index there, as data.cache of a config does: training starts at once; "
+        "without it, no remote shard is copied",
     )
     parser.add_argument(
         "--workers",

@@ -311,7 +311,9 @@ def test_shard_that_cannot_be_opened_is_named(shard: Path, tmp_path: Path, cache
 
 def test_disk_that_fails_is_named(shard: Path, monkeypatch: pytest.MonkeyPatch):
     class Failing(io.BytesIO):
-        def fileno(self) -> int:
+        name, mode = str(shard), "rb"
+
+        def read(self, *_: object) -> bytes:
             raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(Path, "open", lambda *_, **__: Failing())

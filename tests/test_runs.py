@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from clipattr.atomic import write_text
+from clipattr.config.inputs import TrainingImagesConfig
 from clipattr.config.load import load_config, to_yaml
-from clipattr.config.schema import TRAIN_JOBS, RenderWorld, WorldConfig
+from clipattr.config.schema import TRAIN_JOBS, RenderWorld, TrainClip, WorldConfig
 from clipattr.errors import CheckpointError, ConfigError, DataError
 from clipattr.main import run_script
 from clipattr.runs import is_finished_with, open_run
@@ -253,3 +254,20 @@ def test_ctrl_c_inside_lightning(config, monkeypatch):
     with pytest.raises(SystemExit) as caught:
         run_script("train.py", TRAIN_JOBS, [str(path)])
     assert caught.value.code == 3
+
+
+def test_signed_urls_are_not_kept_and_a_new_signature_is_no_new_run(tmp_path):
+    def run_of(signature: str) -> TrainClip:
+        shards = f"https://user:{signature}@host/{{00..11}}.tar?X-Signature={signature}"
+        data = TrainingImagesConfig(shards=shards)
+        return TrainClip(job="train_clip", name="clip", runs=str(tmp_path), data=data)
+
+    config = run_of("s3cret")
+    run = open_run(config, ["train.py", "clip.yaml", f"data.shards={config.data.shards}"], INPUTS)
+    run.finish()
+    texts = [path.read_text() for path in run.path.iterdir()]
+    assert len(texts) == 2
+    assert not any("s3cret" in text for text in texts)
+    assert all("https://host/{00..11}.tar" in text for text in texts)
+    assert is_finished_with(run_of("another"), INPUTS)
+    assert not is_finished_with(replace(run_of("another"), seed=1), INPUTS)

@@ -65,7 +65,7 @@ def open_source(
         progress: show a bar.
     """
     path = Path(spec)
-    if spec.startswith(HUB):
+    if spec.startswith(HUB) and not spec.startswith(f"{HUB}//"):  # a URL of shards
         _check_naming("hub set", naming)
         dataset = load_hub(spec.removeprefix(HUB), naming.hub_config, naming.hub_split or "train")
         return read_hub(

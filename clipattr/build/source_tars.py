@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,15 @@ from clipattr.build.sources import (
     hash_rows,
 )
 from clipattr.data.index import ShardIndex, build_index
-from clipattr.data.shards import IMAGE_FIELDS, Sample, read_json, read_label
+from clipattr.data.remote import Shard
+from clipattr.data.shards import (
+    IMAGE_FIELDS,
+    Sample,
+    read_json,
+    read_label,
+    size_of,
+    version_of,
+)
 from clipattr.errors import DataError
 
 # A name that a tar header holds in ASCII. TarWriter would leave out one that begins with "_".
@@ -79,7 +86,7 @@ class TarItems:
 
 
 def read_tars(
-    paths: Sequence[Path],
+    paths: Sequence[Shard],
     classes: Sequence[str] | None = None,
     *,
     workers: int = 0,
@@ -101,8 +108,7 @@ def read_tars(
     ]
     index = index.select(has_image)
     names = None if classes is None else check_classes(classes)
-    stats = [path.stat() for path in paths]
-    files = [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+    files = [[size_of(path), version_of(path)] for path in paths]
 
     def items(rows: Sequence[int]) -> TarItems:
         return TarItems(index.select(np.asarray(rows, dtype=np.int64)), names)

@@ -17,7 +17,9 @@ from clipattr.atomic import write_text
 from clipattr.data.faults import Fault, Problem, Problems
 from clipattr.data.index import find_repeated_keys, merge_tables
 from clipattr.data.parallel import map_in_processes
+from clipattr.data.remote import RemoteShard, Shard
 from clipattr.data.scan import scan_shard
+from clipattr.data.shards import size_of
 from clipattr.data.tables import ShardTable, save_table, table_file
 from clipattr.errors import DataError
 
@@ -50,7 +52,7 @@ class _Found(NamedTuple):
 
 
 def check_shards(
-    paths: Sequence[Path],
+    paths: Sequence[Shard],
     needed_fields: Sequence[str] = (),
     checksums: bool = False,
     *,
@@ -69,6 +71,9 @@ def check_shards(
         workers: processes, for sets that take longer than a few seconds.
         progress: show a bar.
     """
+    remote = [path for path in paths if isinstance(path, RemoteShard)]
+    if checksums and remote:
+        raise DataError(f"{remote[0]}: checksums stand beside the shards, copy them here first")
     inspect = partial(_inspect, needed=tuple(needed_fields), checksums=checksums, cache=cache)
     results = map_in_processes(inspect, paths, workers=workers)
     found = list(tqdm(results, desc="check", unit="shard", total=len(paths), disable=not progress))
@@ -115,9 +120,11 @@ def write_checksums(folder: Path, entries: dict[str, Checksum]) -> None:
         raise DataError(f"{folder / CHECKSUMS} cannot be written: {error}") from None
 
 
-def _inspect(path: Path, *, needed: tuple[str, ...], checksums: bool, cache: Path | None) -> _Found:
+def _inspect(
+    path: Shard, *, needed: tuple[str, ...], checksums: bool, cache: Path | None
+) -> _Found:
     is_there = path.is_file()
-    size = path.stat().st_size if is_there else 0
+    size = size_of(path) if is_there else 0
     file = table_file(cache, path) if cache and is_there else None
     table, problems = scan_shard(path)
     if file and problems.first_fatal() is None:
@@ -139,7 +146,7 @@ def _find_lacking(table: ShardTable, needed: tuple[str, ...], problems: Problems
             problems.add(Fault.lacks_field, what, key=table.key(row), byte=table.first_byte(row))
 
 
-def _compare(path: Path, found: _Found, known: Checksum) -> None:
+def _compare(path: Shard, found: _Found, known: Checksum) -> None:
     what = ""
     if found.size != known.size:
         what = f"has {found.size} bytes; when {CHECKSUMS} was written it had {known.size}"
@@ -149,14 +156,15 @@ def _compare(path: Path, found: _Found, known: Checksum) -> None:
         found.problems.add(Fault.changed, what)
 
 
-def _update_checksums(paths: Sequence[Path], found: list[_Found]) -> list[Problem]:
+def _update_checksums(paths: Sequence[Shard], found: list[_Found]) -> list[Problem]:
     """Compare with each folder's `index.json`, enter new shards; what is listed and not there."""
     missing: list[Problem] = []
-    for folder in dict.fromkeys(path.parent for path in paths):
+    local = [path for path in paths if isinstance(path, Path)]
+    for folder in dict.fromkeys(path.parent for path in local):
         known = read_checksums(folder)
         new: dict[str, Checksum] = {}
         for path, one in zip(paths, found, strict=True):
-            if path.parent != folder:
+            if isinstance(path, RemoteShard) or path.parent != folder:
                 continue
             if path.name in known:
                 _compare(path, one, known[path.name])

@@ -12,6 +12,7 @@ class Fault(Enum):
     """
 
     damaged = ("copy or write the shard again; nothing behind this byte can be read", True)
+    unreachable = ("start again when its server answers", True)
     no_tar = ("give an uncompressed tar file", True)
     key_twice = ("rename the samples: keys must be unique over all shards", True)
     field_twice = ("rename one of the two members", True)

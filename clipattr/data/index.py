@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from clipattr.data.faults import Fault, Problem, Problems
 from clipattr.data.parallel import map_in_processes
+from clipattr.data.remote import Shard
 from clipattr.data.scan import scan_shard
 from clipattr.data.shards import IMAGE_FIELDS, BadSample, Sample, check_bad
 from clipattr.data.tables import ShardTable, load_table, save_table, table_file
@@ -33,7 +34,7 @@ class ShardIndex:
 
     def __init__(
         self,
-        shards: Sequence[Path],
+        shards: Sequence[Shard],
         fields: tuple[str, ...],
         *,
         keys: Shaped[np.ndarray, " row"],
@@ -108,7 +109,7 @@ class ShardIndex:
 
 
 def build_index(
-    paths: Sequence[Path], *, cache: Path | None, workers: int = 0, progress: bool = False
+    paths: Sequence[Shard], *, cache: Path | None, workers: int = 0, progress: bool = False
 ) -> ShardIndex:
     """The index of the shards, in their order.
 
@@ -116,7 +117,7 @@ def build_index(
 
     Args:
         paths: the shards.
-        cache: folder in which `index/` holds one file per shard, named by path, size and time.
+        cache: folder in which `index/` holds one file per shard, named by path, size and version.
         workers: processes, for sets that take longer than a few seconds.
         progress: show a bar.
 
@@ -138,7 +139,7 @@ def build_index(
     return index
 
 
-def _read_table(path: Path, cache: Path | None) -> ShardTable | Problem:
+def _read_table(path: Shard, cache: Path | None) -> ShardTable | Problem:
     file = table_file(cache, path) if cache and path.is_file() else None
     table = load_table(file) if file else None
     if table is not None:
@@ -152,7 +153,7 @@ def _read_table(path: Path, cache: Path | None) -> ShardTable | Problem:
     return table
 
 
-def merge_tables(paths: Sequence[Path], tables: Sequence[ShardTable]) -> ShardIndex:
+def merge_tables(paths: Sequence[Shard], tables: Sequence[ShardTable]) -> ShardIndex:
     """One index of the shards' tables; its fields are those that occur in any."""
     fields = tuple(dict.fromkeys(name for table in tables for name in table.fields))
     lengths = [len(table.keys) for table in tables]

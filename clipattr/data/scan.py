@@ -6,32 +6,39 @@ names like __meta__.json, which describe the shard.
 """
 
 import unicodedata
-from pathlib import Path
 
 import numpy as np
 
 from clipattr.data.faults import Fault, Problems
+from clipattr.data.remote import RemoteShard, Shard
 from clipattr.data.shards import IMAGE_FIELDS
 from clipattr.data.tables import ShardTable
 from clipattr.data.tar import Member, TarError, walk_members
+from clipattr.data.transfer import TransferError
 
 MAX_FIELDS = 64
 MAX_NAME_BYTES = 1024
 
 
-def scan_shard(path: Path) -> tuple[ShardTable, Problems]:
-    """Read all headers of a shard. What stands before a damage is in the table."""
-    problems = Problems(str(path))
+def scan_shard(shard: Shard) -> tuple[ShardTable, Problems]:
+    """Read all headers of a shard. What stands before a damage is in the table.
+
+    A damaged copy of a remote shard is discarded.
+    """
+    problems = Problems(str(shard))
     scan = _Scan(problems)
     try:
-        for member in walk_members(path):
+        for member in walk_members(shard):
             if is_file(member, problems):
                 scan.add(member)
     except TarError as damage:
         fault = Fault.damaged if damage.byte else Fault.no_tar
         problems.add(fault, damage.what, byte=damage.byte)
+        if isinstance(shard, RemoteShard):
+            shard.discard_copy()
     except OSError as error:
-        problems.add(Fault.damaged, f"cannot be read: {error.strerror}")
+        fault = Fault.unreachable if isinstance(error, TransferError) else Fault.damaged
+        problems.add(fault, f"cannot be read: {error.strerror}")
     table = scan.table()
     find_dotted(table, problems)
     if not len(table.keys) and problems.first_fatal() is None:
@@ -60,6 +67,15 @@ def is_file(member: Member, problems: Problems) -> bool:
     return member.kind == "file"
 
 
+def split_name(name: str) -> tuple[str, str]:
+    """The key and the field of a member; no key when it belongs to no sample."""
+    folder, slash, last = name.rpartition("/")
+    stem, dot, field = last.partition(".")
+    if not dot or not stem or (stem.startswith("__") and stem.endswith("__")):
+        return "", ""
+    return folder + slash + stem, field.lower()
+
+
 class _Scan:
     """Collects members into samples."""
 
@@ -72,12 +88,9 @@ class _Scan:
         self.sizes: list[int] = []
 
     def add(self, member: Member) -> None:
-        folder, slash, name = member.name.rpartition("/")
-        stem, dot, field = name.partition(".")
-        if not dot or not stem or (stem.startswith("__") and stem.endswith("__")):
+        key, field = split_name(member.name)
+        if not key:
             return
-        key = folder + slash + stem
-        field = field.lower()
         column = self.columns.setdefault(field, len(self.columns))
         if column >= MAX_FIELDS:
             what = f"{member.name!r} is field number {column + 1} of the shard"

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from braceexpand import braceexpand
 
+from clipattr.data.remote import RemoteShard, Shard, find_remote
+from clipattr.data.transfer import TransferError
 from clipattr.errors import DataError
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp")
@@ -21,18 +23,27 @@ class Sample(NamedTuple):
     """Where the fields of one sample lie: field name -> (offset, size) in the shard."""
 
     key: str
-    shard: Path
+    shard: Shard
     fields: dict[str, tuple[int, int]]
 
     def read(self, name: str) -> bytes:
         """The raw bytes of a field."""
         offset, size = self.fields[name]
-        with self.shard.open("rb") as file:
-            file.seek(offset)
-            content = file.read(size)
+        if isinstance(self.shard, RemoteShard):
+            content = self._fetch(self.shard, name)
+        else:
+            with self.shard.open("rb") as file:
+                file.seek(offset)
+                content = file.read(size)
         if len(content) < size:
             raise DataError(f"{self.shard} ends within {self.key}.{name}: it was cut since")
         return content
+
+    def _fetch(self, shard: RemoteShard, name: str) -> bytes:
+        try:
+            return shard.read(*self.fields[name])
+        except TransferError as error:
+            raise DataError(f"{shard}: {self.key}.{name}: {error}") from error
 
     @property
     def image_field(self) -> str | None:
@@ -40,9 +51,14 @@ class Sample(NamedTuple):
         return next((name for name in IMAGE_FIELDS if name in self.fields), None)
 
 
-def version_of(shard: Path) -> int:
-    """Another number when the shard was replaced: its time."""
-    return shard.stat().st_mtime_ns
+def version_of(shard: Shard) -> int | str:
+    """Something else when the shard was replaced: its time, or what its server calls it."""
+    return shard.version if isinstance(shard, RemoteShard) else shard.stat().st_mtime_ns
+
+
+def size_of(shard: Shard) -> int:
+    """In bytes."""
+    return shard.size if isinstance(shard, RemoteShard) else shard.stat().st_size
 
 
 class BadSample(NamedTuple):
@@ -53,16 +69,29 @@ class BadSample(NamedTuple):
     reason: str
 
 
-def find_shards(spec: str, setting: str = "data.shards") -> list[Path]:
-    """The .tar files that a file, a folder (sorted) or a brace pattern (as it counts) names."""
+def find_shards(
+    spec: str,
+    setting: str = "data.shards",
+    *,
+    cache: Path | None = None,
+    download_limit: int | None = None,
+) -> list[Shard]:
+    """The .tar files that a file, a folder (sorted) or a brace pattern (as it counts) names.
+
+    Args:
+        spec: of local files, or URLs: http, https, s3, gs and hf.
+        setting: where the spec comes from, for messages.
+        cache: folder whose `shards/` holds copies of remote shards; None: parts of them are read.
+        download_limit: bytes of copies; the shards behind it are read in parts. None: no limit.
+    """
     folder = Path(spec)
     if folder.is_dir():
         paths = sorted(folder.glob("*.tar"))
         if not paths:
             raise DataError(f"{setting}={spec!r}: the folder holds no .tar file")
-        return paths
+        return list[Shard](paths)
     if "://" in spec or spec.startswith("pipe:"):
-        raise DataError(f"{setting}={spec!r}: only local files are read")
+        return list[Shard](find_remote(spec, setting, cache=cache, download_limit=download_limit))
     try:
         paths = [Path(name) for name in braceexpand(spec)]
     except ValueError as error:
@@ -71,7 +100,7 @@ def find_shards(spec: str, setting: str = "data.shards") -> list[Path]:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DataError(f"{setting}={spec!r}: {missing[0]} does not exist{more}")
-    return paths
+    return list[Shard](paths)
 
 
 def check_bad(bad: list[BadSample], n_seen: int, max_bad_fraction: float) -> None:

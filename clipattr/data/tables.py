@@ -11,6 +11,7 @@ import safetensors.numpy
 from jaxtyping import Int64, Shaped
 
 from clipattr.atomic import write_bytes
+from clipattr.data.remote import RemoteShard, Shard
 from clipattr.data.tar import BLOCK
 from clipattr.errors import ConfigError
 
@@ -40,10 +41,13 @@ class ShardTable(NamedTuple):
         return int(self.offsets[row][self.offsets[row] >= 0].min()) - BLOCK
 
 
-def table_file(cache: Path, shard: Path) -> Path:
-    """Where the table of a shard is kept: another path, size or time is another shard."""
-    stat = shard.stat()
-    identity = [TABLE_FORMAT, str(shard.resolve()), stat.st_size, stat.st_mtime_ns]
+def table_file(cache: Path, shard: Shard) -> Path:
+    """Where the table of a shard is kept: another path, size or version is another shard."""
+    if isinstance(shard, RemoteShard):
+        identity = [TABLE_FORMAT, shard.file.url, shard.size, shard.version]
+    else:
+        stat = shard.stat()
+        identity = [TABLE_FORMAT, str(shard.resolve()), stat.st_size, stat.st_mtime_ns]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     return cache / "index" / f"{name[:32]}.table"
 

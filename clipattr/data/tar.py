@@ -7,8 +7,9 @@ as Python's tarfile, and strict where that is lenient: what is no header is dama
 import os
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import BinaryIO, NamedTuple
+
+from clipattr.data.remote import Shard
 
 BLOCK = 512
 END_MARKER = 2 * BLOCK  # zeros, at least
@@ -50,37 +51,44 @@ class TarError(Exception):
         self.what = what
 
 
-def walk_members(path: Path) -> Iterator[Member]:
+def walk_members(shard: Shard) -> Iterator[Member]:
+    """All members in their order; errors are those of `walk_file`."""
+    # A buffered file, no memory map: as fast, and a failing disk is an OSError, not a SIGBUS.
+    with shard.open("rb", buffering=READ_AHEAD) as file:
+        yield from walk_file(file)
+
+
+def walk_file(file: BinaryIO) -> Iterator[Member]:
     """All members in their order; names that are not UTF-8 hold surrogates, as in tarfile.
+
+    Between two of them the file may be read elsewhere.
 
     Raises:
         TarError: at the first byte that is neither a header nor the end marker, at a member that
             ends beyond the file, and at a sparse file.
     """
-    # A buffered file, no memory map: as fast, and a failing disk is an OSError, not a SIGBUS.
-    with path.open("rb", buffering=READ_AHEAD) as file:
-        end = os.fstat(file.fileno()).st_size
-        start = 0
-        extended: dict[str, bytes] = {}
-        while True:
-            file.seek(start)
-            header = file.read(BLOCK)
-            if len(header) < BLOCK or not header[0]:
-                check_end(file, header, start, end)
-                return
-            member = _parse_header(header, start, extended)
-            if member.offset + member.size > end:
-                raise TarError(
-                    start,
-                    f"{member.name!r} has {member.size} bytes and would end at byte "
-                    f"{member.offset + member.size}, but the file ends at byte {end}",
-                )
-            start = member.offset + -(-member.size // BLOCK) * BLOCK
-            if member.kind == EXTENSION:
-                extended |= _read_extension(file, header[156:157], member)
-            else:
-                extended = {}
-                yield member
+    end = file.seek(0, os.SEEK_END)
+    start = 0
+    extended: dict[str, bytes] = {}
+    while True:
+        file.seek(start)
+        header = file.read(BLOCK)
+        if len(header) < BLOCK or not header[0]:
+            check_end(file, header, start, end)
+            return
+        member = _parse_header(header, start, extended)
+        if member.offset + member.size > end:
+            raise TarError(
+                start,
+                f"{member.name!r} has {member.size} bytes and would end at byte "
+                f"{member.offset + member.size}, but the file ends at byte {end}",
+            )
+        start = member.offset + -(-member.size // BLOCK) * BLOCK
+        if member.kind == EXTENSION:
+            extended |= _read_extension(file, header[156:157], member)
+        else:
+            extended = {}
+            yield member
 
 
 def check_end(file: BinaryIO, header: bytes, start: int, end: int) -> None:
