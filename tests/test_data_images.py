@@ -215,7 +215,7 @@ def test_error_without_a_text_has_a_reason(
 ):
     """Both are raised by PIL for a PNG with right checksums around wrong chunks."""
 
-    def fail(_: bytes) -> Image.Image:
+    def fail(*_: object) -> Image.Image:
         raise error
 
     monkeypatch.setattr(pixels, "decode_image", fail)
