@@ -1,6 +1,7 @@
 import io
 import os
 import pickle
+from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from webdataset.writer import TarWriter
 from clipattr.data import (
     BadSample,
     ShardIndex,
+    SiteRows,
     build_index,
     cache_activations,
     image_loader,
@@ -40,11 +42,11 @@ class Prefix:
         self.n_images = 0
         self.fail_after = fail_after
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         self.n_images += len(images)
         if self.fail_after is not None and self.n_images > self.fail_after:
             raise KeyboardInterrupt
-        return images.flatten(1) @ WEIGHT
+        return {name: images.flatten(1) @ WEIGHT for name in names}
 
 
 def array_of(number: int) -> np.ndarray:
@@ -102,12 +104,11 @@ def cache(
     dtype: str = "float32",
     max_bad_fraction: float = 0.0,
 ) -> Cached:
-    store = cache_activations(
+    stores = cache_activations(
         samples,
         prefix,
         Pixels(preprocess),
-        made_from={"weights": weights, "site": {"layer": 1}},
-        width=5,
+        sites={"x": SiteRows({"weights": weights, "site": {"layer": 1}}, width=5)},
         dtype=dtype,
         folder=folder,
         batch_size=2,
@@ -115,7 +116,7 @@ def cache(
         max_bad_fraction=max_bad_fraction,
         progress=False,
     )
-    return Cached(*load_features(store), store.bad, store.fingerprint)
+    return Cached(*load_features(stores["x"]), stores["x"].bad, stores["x"].fingerprint)
 
 
 def expected_rows(numbers: list[int]) -> Tensor:

@@ -180,17 +180,48 @@ def test_several_sites_in_one_pass(tmp_path: Path):
     assert {name: bytes_of(plan.folder) for name, plan in plans.items()} == before
 
 
-def test_the_site_with_most_tokens_limits_a_file(tmp_path: Path):
-    """30 rows hold ten images of three tokens."""
+def test_all_sites_together_limit_a_file(tmp_path: Path):
+    """36 rows hold nine images of one token and of three."""
 
     def read(images: Tensor) -> Iterator[ReadBatch]:
         yield ReadBatch(images, {"cls": {"x": x1[images]}, "all": {"x": x3[images]}}, [])
 
     x1, x3 = values_of(torch.arange(40), 1), values_of(torch.arange(40), 3)
     plans = {"cls": plan_of(tmp_path / "cls"), "all": plan_of(tmp_path / "all", tokens=3)}
-    write_stores(plans, keys_of(40), read, chunk_rows=30)
+    write_stores(plans, keys_of(40), read, chunk_rows=36)
     for plan in plans.values():
-        assert len(list(plan.folder.glob("*.tar"))) == 4
+        assert len(list(plan.folder.glob("*.tar"))) == 5
+
+
+def test_a_store_goes_on_alone_with_the_files_it_was_begun_with(tmp_path: Path):
+    """And beside one with larger files, which takes a pass of its own."""
+    asked: list[int] = []
+
+    def read(images: Tensor) -> Iterator[ReadBatch]:
+        asked.extend(images.tolist())
+        values = {name: {"x": values_of(images, tokens)} for name, tokens in sizes.items()}
+        yield ReadBatch(images, values, [])
+
+    def fail(images: Tensor) -> Iterator[ReadBatch]:
+        yield from read(images[:10])
+        raise KeyboardInterrupt
+
+    sizes = {"cls": 1, "all": 3, "alone": 1}
+    plans = {name: plan_of(tmp_path / name, tokens=tokens) for name, tokens in sizes.items()}
+    together = {name: plans[name] for name in ("cls", "all")}
+    with pytest.raises(KeyboardInterrupt):
+        write_stores(together, keys_of(40), fail, chunk_rows=40)
+    with pytest.raises(KeyboardInterrupt):
+        write_stores({"alone": plans["alone"]}, keys_of(40), fail, chunk_rows=40)
+    asked.clear()
+    write_stores({"cls": plans["cls"]}, keys_of(40), read, chunk_rows=40)
+    assert len(asked) == 30
+    stores = write_stores(plans, keys_of(40), read, chunk_rows=40)
+    assert len(asked) == 30 + 30 + 40
+    for name, tokens in sizes.items():
+        check_contents(stores[name], tokens, list(range(40)))
+    files = {name: len(list(plan.folder.glob("*.tar"))) for name, plan in plans.items()}
+    assert files == {"cls": 4, "all": 4, "alone": 1}
 
 
 def test_sparse_codes_are_rows_too(tmp_path: Path):
@@ -380,7 +411,7 @@ def test_another_plan_is_refused(tmp_path: Path, is_finished: bool, change: dict
     [
         ({"seed": 1}, "seed=0, asked for is 1"),
         ({"block_rows": 6}, "block_rows=5, asked for is 6"),
-        ({"chunk_images": 40}, "n_chunks=4, asked for is 1"),
+        ({"chunk_images": 3}, "n_chunks=4, asked for is 14"),
         ({"order": "source"}, "order='mixed', asked for is 'source'"),
         ({"n_images": 41}, "n_images=40, asked for is 41"),
     ],

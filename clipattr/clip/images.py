@@ -36,6 +36,12 @@ class ImageTrunk(Trunk):
         """That of the patch embedding: parameters outside of layers may stay in float32."""
         return self._first.dtype
 
+    @torch.no_grad()
+    def count_patches(self) -> int:
+        """Tokens behind the prefix: stems and padding of many kinds decide it, so one is made."""
+        blank = torch.zeros(1, 3, *self.image_size, device=self._first.device)
+        return self.embed(blank).shape[1] - self.n_prefix
+
     def _checked(self, images: Images) -> Images:
         if images.shape[-2:] != self.image_size:
             raise ConfigError(

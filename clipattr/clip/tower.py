@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from clipattr.clip.attention import HeadMaps, attention_weights
 from clipattr.clip.blocks import Block
 from clipattr.clip.cut import Activation, Cut, Inputs, capture, resolve_layer
-from clipattr.clip.images import image_trunk
+from clipattr.clip.images import ImageTrunk, image_trunk
 from clipattr.clip.site import Site
 from clipattr.clip.texts import text_trunk
 from clipattr.clip.trunk import Tokens, Trunk
@@ -36,6 +36,14 @@ class Tower:
     def capture(self, inputs: Inputs, sites: Sequence[Site]) -> dict[Site, Activation]:
         """Activations at several sites in one pass, which ends at the last of them."""
         return capture(self.trunk, inputs, sites)
+
+    def count_tokens(self, tokens: str) -> int:
+        """How many an image has of `cls`, `spatial` or `all`."""
+        assert isinstance(self.trunk, ImageTrunk), "prompts have as many as they have words"
+        if tokens == "cls":
+            return 1
+        n_patches = self.trunk.count_patches()
+        return n_patches if tokens == "spatial" else n_patches + self.n_prefix
 
     def attention_weights(
         self,

@@ -7,6 +7,8 @@ class Tokens(Enum):
     """Which tokens of the site are read."""
 
     cls = "cls"
+    spatial = "spatial"
+    all = "all"
 
 
 class Stream(Enum):
@@ -20,6 +22,21 @@ class Stream(Enum):
     mlp = "mlp"
     residual = "residual"
     embedding = "embedding"
+
+
+class Decode(Enum):
+    """How pictures become pixels."""
+
+    exact = "exact"
+    fast = "fast"
+    draft = "draft"
+
+
+class Mode(Enum):
+    """How image shards are read in training."""
+
+    indexed = "indexed"
+    streaming = "streaming"
 
 
 class CacheDtype(Enum):

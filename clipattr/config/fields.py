@@ -58,9 +58,14 @@ def describe(annotation: Any) -> str:
     """A type in words, as messages and `--help` print it."""
     if isinstance(annotation, EnumType):
         return "one of " + ", ".join(annotation.__members__)
+    if is_dataclass(annotation):
+        return f"a section with keys {', '.join(entry.name for entry in fields(annotation))}"
     if get_origin(annotation) is list:
-        inner = describe(get_args(annotation)[0])
-        return f"a list of {inner.removeprefix('a ').removeprefix('an ')}"
+        item = get_args(annotation)[0]
+        inner = describe(item).removeprefix("a ").removeprefix("an ")
+        return (
+            f"a list of {inner.replace('section', 'sections', 1) if is_dataclass(item) else inner}"
+        )
     if get_origin(annotation) in (Union, UnionType):
         return " or ".join(describe(option) for option in get_args(annotation))
     words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}

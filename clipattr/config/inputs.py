@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
-from clipattr.config.choices import CacheDtype, Stream, Tokens, WeightPrecision
+from clipattr.config.choices import CacheDtype, Decode, Mode, Stream, Tokens, WeightPrecision
 from clipattr.config.limits import check_not_negative, check_positive
 from clipattr.errors import ConfigError
 
@@ -30,7 +30,20 @@ class SiteConfig:
     stream: Stream = Stream.residual
     """residual: the residual stream after the block; the others name what is inside it"""
     tokens: Tokens = Tokens.cls
-    """cls: the class token, one row per image"""
+    """cls: the class token, one row per image; spatial: all patches; all: every token"""
+    tokens_per_image: int | None = None
+    """tokens drawn per image (spatial and all); none: every token"""
+
+    def check(self, name: str = "site") -> None:
+        """Raise ConfigError when a combination cannot work; `name` is that of the section."""
+        if self.tokens_per_image is None:
+            return
+        check_positive(self, name, "tokens_per_image")
+        if self.tokens is Tokens.cls:
+            raise ConfigError(
+                f"{name}.tokens_per_image={self.tokens_per_image}: {name}.tokens=cls is one token; "
+                "tokens are drawn from spatial or all"
+            )
 
 
 @dataclass
@@ -39,10 +52,14 @@ class ReadConfig:
 
     batch_size: int = 256
     """images per CLIP forward"""
-    workers: int = 2
-    """processes that decode images"""
+    workers: int | None = None
+    """processes that decode images; none: as many as there are cores for this one"""
+    decode: Decode = Decode.exact
+    """exact: the model's own pixels; fast: one grey level off at most; draft: for large photos"""
     cache: str = "runs/cache"
-    """folder of cached activations and indices: CLIP runs once per image"""
+    """folder of cached activations, indices and remote shards: CLIP runs once per image"""
+    download_limit: float | None = None
+    """GB of remote shards that are kept in the cache, the first of them; none: all"""
     cache_dtype: CacheDtype = CacheDtype.float32
     """numbers of the cache: float32, or float16 and bfloat16, which take half the space"""
     max_bad_fraction: float = 0.0
@@ -51,7 +68,10 @@ class ReadConfig:
     def check(self) -> None:
         """Raise ConfigError when a value cannot work."""
         check_positive(self, "data", "batch_size")
-        check_not_negative(self, "data", "workers")
+        if self.workers is not None:
+            check_not_negative(self, "data", "workers")
+        if self.download_limit is not None:
+            check_not_negative(self, "data", "download_limit")
         if not 0.0 <= self.max_bad_fraction < 1.0:
             raise ConfigError(f"data.max_bad_fraction={self.max_bad_fraction}: must be in [0, 1)")
 
@@ -61,4 +81,20 @@ class DataConfig(ReadConfig):
     """Image shards and how they are read."""
 
     shards: str = MISSING
-    """a .tar file, a folder of them, or a brace pattern such as 'train/{000000..000011}.tar'"""
+    """a .tar file, a folder or a pattern like 'train/{000..011}.tar'; also http, s3, gs, hf URLs"""
+
+
+@dataclass
+class TrainingImagesConfig(DataConfig):
+    """Image shards that are decoded again in every epoch."""
+
+    mode: Mode = Mode.indexed
+    """indexed: exact order and resume; streaming: for remote sets that are too large to index"""
+    shuffle: int | None = None
+    """images that are mixed with each other; none: all (indexed), 5000 per worker (streaming)"""
+
+    def check(self) -> None:
+        """Raise ConfigError when a value cannot work."""
+        super().check()
+        if self.shuffle is not None:
+            check_positive(self, "data", "shuffle")

@@ -190,9 +190,8 @@ def _check_section(section: Any, values: dict, where: str, prefix: str) -> None:
 def _check_value(annotation: Any, value: Any, where: str, name: str) -> None:
     if is_dataclass(annotation):
         if not isinstance(value, dict):
-            keys = ", ".join(entry.name for entry in fields(annotation))
             raise ConfigError(
-                f"{name}={format_value(value)} {where}: must be a section with keys {keys}"
+                f"{name}={format_value(value)} {where}: must be {describe(annotation)}"
             )
         _check_section(annotation, value, where, f"{name}.")
     elif get_origin(annotation) is list and isinstance(value, list):

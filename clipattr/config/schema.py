@@ -12,7 +12,13 @@ from omegaconf import MISSING
 
 from clipattr.config.choices import Logger, Precision
 from clipattr.config.evaluation import EvaluationConfig, ZeroshotConfig
-from clipattr.config.inputs import DataConfig, ModelConfig, ReadConfig, SiteConfig
+from clipattr.config.inputs import (
+    DataConfig,
+    ModelConfig,
+    ReadConfig,
+    SiteConfig,
+    TrainingImagesConfig,
+)
 from clipattr.config.limits import check_divides, check_label, check_not_negative, check_positive
 from clipattr.errors import ConfigError
 
@@ -33,13 +39,24 @@ class DeviceConfig:
 
 
 @dataclass
-class TrainerConfig(DeviceConfig):
+class DevicesConfig(DeviceConfig):
+    """Where a job computes that can share its work."""
+
+    devices: int = 1
+    """processes (CPU) or GPUs"""
+
+    def check(self) -> None:
+        """Raise ConfigError when a value cannot work."""
+        super().check()
+        check_positive(self, "trainer", "devices")
+
+
+@dataclass
+class TrainerConfig(DevicesConfig):
     """How long, on what, and how often to look and save."""
 
     steps: int = 1000
     """optimiser steps"""
-    devices: int = 1
-    """processes (CPU) or GPUs"""
     precision: Precision = Precision.fp32
     """fp32 or bf16 (mixed)"""
     log_every: int = 50
@@ -52,7 +69,7 @@ class TrainerConfig(DeviceConfig):
     def check(self) -> None:
         """Raise ConfigError when a value cannot work."""
         super().check()
-        check_positive(self, "trainer", "steps", "devices", "log_every", "checkpoint_every")
+        check_positive(self, "trainer", "steps", "log_every", "checkpoint_every")
 
 
 @dataclass
@@ -96,7 +113,17 @@ class JobConfig:
             raise ConfigError(f"name={self.name!r}: must be a plain folder name inside {self.runs}")
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed={self.seed}: must be between 0 and {2**32 - 1}")
-        sections = ("data", "trainer", "sae", "probe", "clip", "world", "evaluation", "zeroshot")
+        sections = (
+            "site",
+            "data",
+            "trainer",
+            "sae",
+            "probe",
+            "clip",
+            "world",
+            "evaluation",
+            "zeroshot",
+        )
         for section_name in sections:
             section = getattr(self, section_name, None)
             if section is not None and hasattr(section, "check"):
@@ -214,7 +241,7 @@ class TrainClip(JobConfig):
     """train_clip: train a small open_clip model from scratch on captioned shards."""
 
     clip: ClipConfig = field(default_factory=ClipConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    data: TrainingImagesConfig = field(default_factory=TrainingImagesConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
 
     def check(self) -> None:
@@ -239,6 +266,25 @@ class TrainSae(JobConfig):
         """Raise ConfigError when a value or a combination cannot work."""
         super().check()
         check_divides(self.sae.batch_size, "sae.batch_size", self.trainer.devices)
+
+
+@dataclass
+class CacheActivations(JobConfig):
+    """cache_activations: store activations of a frozen CLIP at several sites, in one pass."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sites: list[SiteConfig] = field(default_factory=list)
+    """where the tower is read: '[{layer: 3}, {layer: -1, tokens: spatial}]', fields as of `site`"""
+    data: DataConfig = field(default_factory=DataConfig)
+    trainer: DevicesConfig = field(default_factory=DevicesConfig)
+
+    def check(self) -> None:
+        """Raise ConfigError when a value or a combination cannot work."""
+        super().check()
+        if not self.sites:
+            raise ConfigError("sites=[]: name at least one, for example sites='[{layer: -1}]'")
+        for number, site in enumerate(self.sites):
+            site.check(f"sites[{number}]")
 
 
 @dataclass
@@ -301,6 +347,7 @@ class EvaluateWorld(JobConfig):
 TRAIN_JOBS: dict[str, type[JobConfig]] = {
     "render_world": RenderWorld,
     "train_clip": TrainClip,
+    "cache_activations": CacheActivations,
     "train_sae": TrainSae,
     "train_probe": TrainProbe,
 }

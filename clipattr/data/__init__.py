@@ -1,6 +1,6 @@
 """Image shards, cached activations, and the order in which rows are served."""
 
-from clipattr.data.features import Features, Ranks, cache_activations, load_features
+from clipattr.data.features import Features, Ranks, SiteRows, cache_activations, load_features
 from clipattr.data.images import ImageBatch, image_loader
 from clipattr.data.index import ShardIndex, build_index, select_usable
 from clipattr.data.shards import BadSample, Sample, find_shards
@@ -17,6 +17,7 @@ __all__ = [
     "Ranks",
     "Sample",
     "ShardIndex",
+    "SiteRows",
     "build_index",
     "cache_activations",
     "find_shards",

@@ -1,11 +1,11 @@
-"""Activations of image shards, cached in a store: CLIP runs once per image.
+"""Activations of image shards, cached in stores: CLIP runs once per image, whatever is read of it.
 
 The folder is named by the fingerprint of what the rows are made from (weights, site, precision,
 preprocessing, images), so another model or site never meets them. Mixed when they are written, the
 same rows serve training in any order and evaluation in the order of the shards.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,14 +15,18 @@ from torch import Tensor
 
 from clipattr.data.chunks import ReadBatch
 from clipattr.data.columns import Column
+from clipattr.data.draw import draw_tokens
 from clipattr.data.images import ImageBatch, image_loader
 from clipattr.data.index import ShardIndex
 from clipattr.data.pixels import Pixels
 from clipattr.data.shards import version_of
 from clipattr.data.store import ActivationStore, hash_json
-from clipattr.data.writer import StorePlan, write_stores
+from clipattr.data.writer import StorePlan, is_finished, write_stores
 
-Encode = Callable[[Float[Tensor, "batch channel height width"]], Float[Tensor, "batch width"]]
+# (images, names of the sites that are missing) -> name -> [batch, width] or [batch, token, width].
+Encode = Callable[
+    [Float[Tensor, "batch channel height width"], Sequence[str]], Mapping[str, Tensor]
+]
 
 
 class Ranks(NamedTuple):
@@ -31,6 +35,24 @@ class Ranks(NamedTuple):
     rank: int = 0
     world_size: int = 1
     barrier: Callable[[], object] = lambda: None
+    local_world_size: int = 1
+    """processes on this machine, which share its cores"""
+
+
+class SiteRows(NamedTuple):
+    """What is stored of every image at one site.
+
+    Attributes:
+        made_from: what decides the values besides the images and the drawing: weights, site.
+        width: of x.
+        tokens: of an image at the site.
+        drawn: how many of them are kept, chosen by the image's key; None: all.
+    """
+
+    made_from: Mapping[str, object]
+    width: int
+    tokens: int = 1
+    drawn: int | None = None
 
 
 class Features(NamedTuple):
@@ -45,8 +67,7 @@ def cache_activations(
     encode: Encode,
     pixels: Pixels,
     *,
-    made_from: dict[str, object],
-    width: int,
+    sites: Mapping[str, SiteRows],
     dtype: str,
     folder: Path,
     batch_size: int,
@@ -55,15 +76,15 @@ def cache_activations(
     device: torch.device | str = "cpu",
     ranks: Ranks = Ranks(),  # noqa: B008  immutable
     progress: bool = True,
-) -> ActivationStore:
-    """The store of the images' activations; what is missing of it is written first.
+) -> dict[str, ActivationStore]:
+    """The stores of the images' activations; what is missing is written first, in one pass.
 
     Args:
         index: of the images.
-        encode: images -> x [batch, width], without gradient, on `device`.
+        encode: images and names of sites -> x of each, without gradient, on `device`. Called once
+            for each batch, with the sites that are missing.
         pixels: the model's own preprocessing.
-        made_from: what decides the values besides the images: weights, site.
-        width: of x.
+        sites: by the names that `encode` knows.
         dtype: of the stored numbers: float32, float16 or bfloat16.
         folder: of all caches.
         batch_size: images per forward.
@@ -73,21 +94,18 @@ def cache_activations(
         ranks: the processes that share the work.
         progress: show a bar.
     """
-    fingerprint = made_from | {"preprocess": pixels.fingerprint, "images": index.fingerprint}
-    # Versions say when a shard was replaced by one of the same size. They decide which cache is
-    # read, but are no part of the fingerprint: the same data have the same on every machine.
-    versions = [version_of(shard) for shard in index.shards]
-    name = hash_json(fingerprint | {"times": versions, "dtype": dtype})[:16]
-    plan = StorePlan(folder / name, fingerprint, {"x": Column(dtype, width)})
+    plans = {name: _plan(index, pixels, rows, dtype, folder) for name, rows in sites.items()}
+    # Another job may finish one in the meantime: then it is computed for nothing.
+    missing = {name: sites[name] for name, plan in plans.items() if not is_finished(plan)}
 
     def read(images: Int[Tensor, " image"]) -> Iterator[ReadBatch]:
         chosen = index.select(images.numpy())
         loader = image_loader(chosen, pixels, batch_size=batch_size, workers=workers)
-        return _encode_all(loader, images, pixels, encode, width, device)
+        return _encode_all(loader, images, pixels, encode, missing, Column(dtype, None), device)
 
     keys = [key.decode() for key in index.keys.tolist()]
-    stores = write_stores(
-        {"x": plan},
+    return write_stores(
+        plans,
         keys,
         read,
         rank=ranks.rank,
@@ -96,7 +114,22 @@ def cache_activations(
         max_bad_fraction=max_bad_fraction,
         progress=progress and ranks.rank == 0,
     )
-    return stores["x"]
+
+
+def _plan(index: ShardIndex, pixels: Pixels, rows: SiteRows, dtype: str, folder: Path) -> StorePlan:
+    fingerprint = {
+        **rows.made_from,
+        "preprocess": pixels.fingerprint,
+        "images": index.fingerprint,
+    }
+    if rows.drawn is not None:
+        fingerprint["tokens_per_image"] = rows.drawn
+    # Versions say when a shard was replaced by one of the same size. They decide which cache is
+    # read, but are no part of the fingerprint: the same data have the same on every machine.
+    versions = [version_of(shard) for shard in index.shards]
+    name = hash_json(fingerprint | {"times": versions, "dtype": dtype})[:16]
+    kept = rows.tokens if rows.drawn is None else rows.drawn
+    return StorePlan(folder / name, fingerprint, {"x": Column(dtype, rows.width)}, kept)
 
 
 @torch.no_grad()
@@ -105,14 +138,28 @@ def _encode_all(
     images: Int[Tensor, " image"],
     pixels: Pixels,
     encode: Encode,
-    width: int,
+    sites: Mapping[str, SiteRows],
+    column: Column,
     device: torch.device | str,
 ) -> Iterator[ReadBatch]:
     for batch in loader:
-        x = torch.zeros(0, width)
+        values = {name: {"x": torch.zeros(0, rows.width)} for name, rows in sites.items()}
         if len(batch.rows):
-            x = encode(pixels.normalise(batch.images.to(device))).float().cpu()
-        yield ReadBatch(images[batch.rows], {"x": {"x": x}}, batch.bad)
+            found = encode(pixels.normalise(batch.images.to(device)), list(sites))
+            for name, rows in sites.items():
+                values[name] = _keep(found[name], rows, batch.keys, column.torch_dtype)
+        yield ReadBatch(images[batch.rows], values, batch.bad)
+
+
+def _keep(
+    x: Float[Tensor, "batch *token width"], rows: SiteRows, keys: Sequence[str], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The columns of a batch; what is not stored is left on the device."""
+    if rows.drawn is None:
+        return {"x": x.to("cpu", dtype)}
+    tokens = draw_tokens(keys, rows.tokens, rows.drawn)
+    chosen = x.take_along_dim(tokens[:, :, None].to(x.device), dim=1)
+    return {"x": chosen.to("cpu", dtype), "tokens": tokens}
 
 
 def load_features(store: ActivationStore) -> Features:

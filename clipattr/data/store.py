@@ -96,6 +96,17 @@ class ActivationStore:
         """All blocks."""
         return len(self.starts) - 1
 
+    @property
+    def chunk_starts(self) -> Int[np.ndarray, " border"]:
+        """First row of each file, and the number of rows at the end."""
+        blocks = np.searchsorted(self._chunk_of, np.arange(len(self._files) + 1))
+        return self.starts[blocks]
+
+    @property
+    def n_bytes(self) -> int:
+        """What its shards take on the disk."""
+        return sum(path.stat().st_size for path in self._files)
+
     @cached_property
     def keys(self) -> list[str]:
         """The keys of all source images: `keys[images[r]]` is the sample of row r."""

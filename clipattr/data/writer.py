@@ -75,17 +75,21 @@ def write_stores(
     """Open the stores; what is not there yet is written first, in one pass over the images.
 
     Every rank calls this with the same arguments, but its rank. A finished store is opened whatever
-    its seed and sizes are; an unfinished one must have been begun with the same.
+    its seed and sizes are; an unfinished one must have been begun with the same. Its files may be
+    smaller than asked for, as they are where it was begun along with others; stores with files of
+    different sizes take a pass each.
 
     Args:
         plans: name -> store.
         keys: of all source images, in the order of the source.
-        read: images (rows of the source) -> their batches, in the same order. Called at most once,
-            with everything that this rank has to read, so that workers can decode ahead.
+        read: images (rows of the source) -> their batches, in the same order, with the values of
+            all stores that are not finished. Called once for a pass, with everything that this rank
+            has to read, so that workers can decode ahead.
         order: "mixed", or "source" to keep the order of the source.
         seed: of the mixing.
         chunk_images: the largest number of images per file: the work that a kill can cost.
-        chunk_rows: the largest number of rows per file; twice as many are held in memory.
+        chunk_rows: the largest number of rows per file, over all stores that are begun together;
+            twice as many are held in memory.
         block_rows: the largest number of rows per block.
         rank: of this process.
         world_size: the number of processes.
@@ -95,22 +99,51 @@ def write_stores(
     """
     if not keys:
         raise DataError("there is no image to store the activations of")
-    n_tokens = max(plan.tokens for plan in plans.values())
-    per_chunk = max(1, min(chunk_images, chunk_rows // n_tokens))
-    layout = Layout(len(keys), -(-len(keys) // per_chunk), order, seed, block_rows)
+
+    def layout_of(tokens: int) -> Layout:
+        per_chunk = max(1, min(chunk_images, chunk_rows // tokens))
+        return Layout(len(keys), -(-len(keys) // per_chunk), order, seed, block_rows)
+
     if rank == 0:
-        for plan in plans.values():
-            _begin(plan, layout, keys)
+        _begin_together(plans, layout_of, keys)
     barrier()
-    unfinished = {name: plan for name, plan in plans.items() if not _is_finished(plan, layout)}
-    chunks = range(rank, layout.n_chunks, world_size)
-    _write_missing(unfinished, layout, read, chunks, max_bad_fraction, progress=progress)
+    passes = _passes(plans, layout_of)
+    for layout, together in passes.items():
+        chunks = range(rank, layout.n_chunks, world_size)
+        _write_missing(together, layout, read, chunks, max_bad_fraction, progress=progress)
     barrier()
     if rank == 0:
-        for plan in unfinished.values():
-            _finish(plan, layout)
+        _finish_all(passes)
     barrier()
     return {name: _open(plan, max_bad_fraction) for name, plan in plans.items()}
+
+
+def _begin_together(
+    plans: Mapping[str, StorePlan], layout_of: Callable[[int], Layout], keys: Sequence[str]
+) -> None:
+    """The new ones share a layout, so that they take one pass."""
+    new = [plan for plan in plans.values() if not (plan.folder / PLAN).exists()]
+    layout = layout_of(max(1, sum(plan.tokens for plan in new)))
+    for plan in plans.values():
+        begin_store(plan, layout, keys)
+
+
+def _finish_all(passes: Mapping[Layout, Mapping[str, StorePlan]]) -> None:
+    for layout, together in passes.items():
+        for plan in together.values():
+            finish_store(plan, layout)
+
+
+def _passes(
+    plans: Mapping[str, StorePlan], layout_of: Callable[[int], Layout]
+) -> dict[Layout, dict[str, StorePlan]]:
+    """The stores that are not finished, by the layout that they were begun with."""
+    passes: dict[Layout, dict[str, StorePlan]] = {}
+    for name, plan in plans.items():
+        layout = check_begun(plan, layout_of(plan.tokens))
+        if layout is not None:
+            passes.setdefault(layout, {})[name] = plan
+    return passes
 
 
 def _open(plan: StorePlan, max_bad_fraction: float) -> ActivationStore:
@@ -126,7 +159,7 @@ def _describe(plan: StorePlan, layout: Layout) -> dict[str, object]:
     return json.loads(json.dumps(asked | layout._asdict()))
 
 
-def _begin(plan: StorePlan, layout: Layout, keys: Sequence[str]) -> None:
+def begin_store(plan: StorePlan, layout: Layout, keys: Sequence[str]) -> None:
     """Note what the folder is for, before anything else is written into it."""
     try:
         plan.folder.mkdir(parents=True, exist_ok=True)
@@ -146,15 +179,24 @@ def _begin(plan: StorePlan, layout: Layout, keys: Sequence[str]) -> None:
     _write_json(plan.folder / PLAN, start | _describe(plan, layout))
 
 
-def _is_finished(plan: StorePlan, layout: Layout) -> bool:
-    """Compare the plan with what the folder is for; once it is finished its sizes do not matter."""
+def is_finished(plan: StorePlan) -> bool:
+    """Whether nothing of a store has to be written any more."""
+    return (plan.folder / STORE).exists()
+
+
+def check_begun(plan: StorePlan, layout: Layout) -> Layout | None:
+    """Compare the plan with what the folder is for; the layout it goes on with, if it does.
+
+    Once it is finished its sizes do not matter.
+    """
     found, wanted = read_json(plan.folder / PLAN), _describe(plan, layout)
     check_format(plan.folder / PLAN, found)
-    is_finished = (plan.folder / STORE).exists()
+    is_done = is_finished(plan)
     content = ("fingerprint", "columns", "tokens", "n_images", "order")
-    for field in content if is_finished else wanted:
-        check_same(plan.folder, field, found[field], wanted[field])
-    return is_finished
+    for field in content if is_done else wanted:
+        if field != "n_chunks" or found[field] < layout.n_chunks:
+            check_same(plan.folder, field, found[field], wanted[field])
+    return None if is_done else layout._replace(n_chunks=found["n_chunks"])
 
 
 def _write_missing(
@@ -210,7 +252,7 @@ def _write_chunks(chunks: list[OpenChunk], layout: Layout) -> None:
         chunk.write(layout)
 
 
-def _finish(plan: StorePlan, layout: Layout) -> None:
+def finish_store(plan: StorePlan, layout: Layout) -> None:
     """Write what makes a store of the files: `store.json`, last."""
     start = read_json(plan.folder / PLAN)
     chunks = [read_json(plan.folder / sidecar_name(n)) for n in range(layout.n_chunks)]

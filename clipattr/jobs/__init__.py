@@ -1,6 +1,7 @@
 """One file per job; `run` is the only place that knows them all."""
 
 from clipattr.config.schema import (
+    CacheActivations,
     EvaluateWorld,
     EvaluateWorldZeroshot,
     EvaluateZeroshot,
@@ -23,6 +24,10 @@ def run(config: JobConfig, command: list[str]) -> None:
             from clipattr.jobs.train_clip import train_clip
 
             train_clip(config, command)
+        case CacheActivations():
+            from clipattr.jobs.cache_activations import cache_activations
+
+            cache_activations(config, command)
         case TrainSae():
             from clipattr.jobs.train_sae import train_sae
 

@@ -8,7 +8,8 @@ from clipattr.config.schema import EvaluateWorldZeroshot
 from clipattr.data import load_features
 from clipattr.data.shards import read_json
 from clipattr.data.store import hash_json
-from clipattr.jobs.model import find_images, load_model, read_embeddings
+from clipattr.jobs.model import load_model, read_embeddings
+from clipattr.jobs.shards import find_images
 from clipattr.jobs.start import Plan, describe_model, describe_shards
 from clipattr.jobs.world_zeroshot import zeroshot_accuracy
 

@@ -16,7 +16,8 @@ from clipattr.config.schema import EvaluateZeroshot
 from clipattr.data import Features, load_features
 from clipattr.data.shards import read_label
 from clipattr.data.store import hash_json
-from clipattr.jobs.model import find_images, load_model, read_embeddings
+from clipattr.jobs.model import load_model, read_embeddings
+from clipattr.jobs.shards import find_images
 from clipattr.jobs.start import Plan, describe_model, describe_shards
 from clipattr.metrics.accuracy import Accuracy, measure_accuracy
 
@@ -49,8 +50,10 @@ def evaluate_zeroshot(config: EvaluateZeroshot, command: list[str]) -> None:
     store = read_embeddings(clip, index, data, progress=progress)
     batches = _score(head, load_features(store), labels)
     accuracy = measure_accuracy(batches, len(classes.names))
-    _log(accuracy, classes.names, n_skipped=len(incomplete) + len(store.bad))
+    bad = [*incomplete, *store.bad]
+    _log(accuracy, classes.names, n_skipped=len(bad))
     run = plan.open()
+    run.write_bad([one._asdict() for one in bad])
     run.update_manifest(data=hash_json(store.fingerprint))
     run.write_metrics({"zeroshot": _collect(accuracy, classes.names)})
     run.finish()
@@ -109,4 +112,4 @@ def _log(accuracy: Accuracy, names: tuple[str, ...], *, n_skipped: int) -> None:
         listed = ", ".join(empty[:_LISTED]) + more
         logger.info("  %d classes have no image and no accuracy: %s", len(empty), listed)
     if n_skipped:
-        logger.info("  %d broken samples were left out", n_skipped)
+        logger.info("  %d broken samples were left out: bad_samples.jsonl names them", n_skipped)

@@ -14,7 +14,8 @@ from clipattr.data import load_features
 from clipattr.data.shards import Sample, read_json
 from clipattr.data.store import hash_json
 from clipattr.errors import CheckpointError, ConfigError, DataError
-from clipattr.jobs.model import FrozenClip, find_images, load_frozen, read_activations
+from clipattr.jobs.model import FrozenClip, load_frozen, read_activations
+from clipattr.jobs.shards import find_images
 from clipattr.probes.files import load_probe
 from clipattr.probes.linear import LinearProbe
 from clipattr.sae.files import load_sae
@@ -60,10 +61,10 @@ def load_world(config: EvaluateWorld) -> WorldData:
     frozen = load_frozen(config.model, SiteConfig(), config.trainer.accelerator)
     model = {"name": config.model.name, "weights_sha256": frozen.clip.weights_sha256}
     sae, _ = load_sae(Path(config.sae), frozen.cut.site.to_json(), model)
-    if config.evaluation.overlap_top >= sae.k:
+    if config.evaluation.overlap_top >= sae.max_active:
         raise ConfigError(
-            f"evaluation.overlap_top={config.evaluation.overlap_top}: must be below the {sae.k} "
-            f"active latents of {config.sae}; the overlap of all of them says nothing"
+            f"evaluation.overlap_top={config.evaluation.overlap_top}: must be below the "
+            f"{sae.max_active} active latents of {config.sae}; the overlap of all says nothing"
         )
     probe, record = load_probe(Path(config.probe), model)
     if tuple(record.class_names) != TASK_CLASSES:

@@ -19,9 +19,9 @@ class ExactOnce(Metric):
     n_rows: Tensor
     hashes: Tensor
 
-    def __init__(self, expected: Int[Tensor, " row"]) -> None:
+    def __init__(self, expected: Int[Tensor, " row"], *, sync_on_compute: bool = True) -> None:
         """The numbers of all rows that are due, over all processes, each once."""
-        super().__init__()
+        super().__init__(sync_on_compute=sync_on_compute)
         self.n_expected = len(expected)
         self.expected_hashes = int(_hash(expected).sum())
         zero = torch.zeros((), dtype=torch.int64)
