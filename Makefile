@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-data towers clean
+.PHONY: help demo test check bench bench-data soak towers clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1|/p' Makefile | awk -F'|' '{ printf "%-17s %s\n", $$1, $$2 }'
@@ -32,8 +32,13 @@ bench: $(VENV)/.installed  ## every script in benchmarks/
 	    echo "$$script"; $(BIN)/python "$$script" || exit 1; \
 	done
 
-bench-data: $(VENV)/.installed  ## rows per second of the activation store, beside the peers that are installed
+bench-data: $(VENV)/.installed  ## activation rows, images and caching, beside the peers that are installed
 	$(BIN)/python benchmarks/data.py
+	$(BIN)/python benchmarks/images.py
+	$(BIN)/python benchmarks/caching.py
+
+soak: $(VENV)/.installed  ## 10 million rows on two processes that are killed every few seconds
+	$(BIN)/python benchmarks/soak.py
 
 towers: $(VENV)/.installed-dev  ## check every tower of open_clip and write docs/towers.md (10 minutes, 9 GB)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.towers_table

@@ -18,7 +18,6 @@ from clipattr.training.checkpoints import AtomicCheckpointIO, newest_valid
 from clipattr.training.clip_module import ClipModule
 from clipattr.training.optim import warmup_cosine, warmup_hold_decay
 from clipattr.training.probe_module import ProbeModule
-from clipattr.training.rows import RowsDataModule
 from clipattr.training.sae_module import SaeModule
 from clipattr.training.trainer import build_trainer, fit
 from tests.stores import store_of
@@ -146,8 +145,13 @@ def test_probe_separates_what_is_separable(tmp_path):
     generator = torch.Generator().manual_seed(0)
     features = torch.nn.functional.normalize(torch.randn(400, 6, generator=generator), dim=1)
     labels = (features[:, 2] > 0).long()
-    data = RowsDataModule(
-        lambda: ((features, labels), "rows"), batch_size=100, seed=0, n_steps=N_STEPS
+    data = ActivationDataModule(
+        lambda _: store_of(features, tmp_path / "store"),
+        batch_size=100,
+        seed=0,
+        n_steps=N_STEPS,
+        fields=("x", "images"),
+        finish=lambda x, images: (x, labels[images.long()]),
     )
     probe = LinearProbe(6, 2)
     module = ProbeModule(probe, lr=0.3, weight_decay=0.0, n_steps=N_STEPS)
@@ -184,6 +188,9 @@ def test_missing_logger_names_the_extra(tmp_path, monkeypatch):
 
 
 def test_batch_larger_than_the_data_is_refused(tmp_path):
-    data = RowsDataModule(lambda: ((activations(),), "rows"), batch_size=999, seed=0, n_steps=1)
-    with pytest.raises(ConfigError, match="batch_size=999, but the shards hold 200 rows"):
-        data.prepare_data()
+    data = ActivationDataModule(
+        lambda _: store_of(activations(), tmp_path / "store"), batch_size=999, seed=0, n_steps=1
+    )
+    module = ProbeModule(LinearProbe(8, 2), lr=0.1, weight_decay=0.0, n_steps=1)
+    with pytest.raises(ConfigError, match="batch_size=999, but there are 200 rows"):
+        fit(build_trainer(settings(), tmp_path), module, data, tmp_path)

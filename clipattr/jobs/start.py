@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from clipattr.clip.names import local_files
 from clipattr.config.schema import JobConfig, ModelConfig
-from clipattr.data.shards import find_shards
+from clipattr.data.shards import find_shards, size_of, version_of
 from clipattr.runs import RunFolder, is_finished_with, open_run
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,9 @@ class Plan(NamedTuple):
 
 
 def describe_shards(spec: str, setting: str) -> list[list[object]]:
-    """Name, size and time of every shard: cheap, and enough to notice other data."""
-    return describe_files(find_shards(spec, setting))
+    """Name, size and version of every shard: cheap, and enough to notice other data."""
+    shards = find_shards(spec, setting)
+    return [[shard.name, size_of(shard), version_of(shard)] for shard in shards]
 
 
 def describe_model(model: ModelConfig) -> list[list[object]]:

@@ -2,25 +2,24 @@
 
 import os
 import shutil
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import lightning as L
 import torch
+from jaxtyping import Int
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
-from clipattr.clip.loading import Preprocess, Tokenizer, build_clip
+from clipattr.clip.loading import Tokenizer, build_clip
 from clipattr.clip.names import CONFIG_FILE, MERGES_FILE, WEIGHTS_FILE, architecture_folder
-from clipattr.config.schema import DataConfig, TrainClip
-from clipattr.data.images import image_loader
-from clipattr.data.index import ShardIndex
+from clipattr.config.schema import TrainClip
 from clipattr.data.pixels import Pixels
-from clipattr.data.shards import check_bad, read_text
-from clipattr.jobs.model import find_images
+from clipattr.errors import DataError
+from clipattr.jobs.images import open_training_images
 from clipattr.jobs.start import Plan, describe_files, describe_shards
 from clipattr.training.clip_module import ClipModule
-from clipattr.training.rows import Rows, RowsDataModule
 from clipattr.training.trainer import build_trainer, fit
 
 
@@ -34,20 +33,20 @@ def train_clip(config: TrainClip, command: list[str]) -> None:
     plan = Plan(config, command, inputs, ("model",))
     if plan.is_finished():
         return
+    settings = config.trainer
     L.seed_everything(config.seed, workers=True, verbose=False)
     model, preprocess, tokenizer = build_clip(config.clip.architecture)
-    index, _ = find_images(
-        config.data.shards, config.data, ("txt",), progress=config.trainer.progress
+    images = open_training_images(
+        config.data,
+        Pixels(preprocess, config.data.decode.name),
+        {"caption": partial(read_caption, tokenizer)},
+        needed=("txt",),
+        folder=Path(config.runs) / config.name,
+        seed=config.seed,
+        n_steps=settings.steps,
+        progress=settings.progress,
     )
     run = plan.open()
-
-    def load() -> tuple[Rows, str]:
-        return _pairs(index, preprocess, tokenizer, config.data), index.fingerprint
-
-    settings = config.trainer
-    data = RowsDataModule(
-        load, batch_size=config.data.batch_size, seed=config.seed, n_steps=settings.steps
-    )
     module = ClipModule(
         model,
         lr=config.clip.lr,
@@ -55,32 +54,20 @@ def train_clip(config: TrainClip, command: list[str]) -> None:
         warmup=config.clip.warmup,
         n_steps=settings.steps,
     )
-    trainer = build_trainer(settings, run.path)
-    fit(trainer, module, data, run.path)
+    trainer = build_trainer(settings, run.path, callbacks=[images.limit])
+    fit(trainer, module, images.data, run.path)
     if trainer.is_global_zero:
         save_open_clip(model, config.clip.architecture, run.path / "model")
-        run.update_manifest(data=data.fingerprint)
-        run.write_metrics({"train": {"steps": settings.steps, "n_images": len(index)}})
+        run.update_manifest(data=images.fingerprint)
+        run.write_metrics({"train": {"steps": settings.steps, "n_images": images.n_images}})
         run.finish()
 
 
-def _pairs(
-    index: ShardIndex, preprocess: Preprocess, tokenizer: Tokenizer, data: DataConfig
-) -> Rows:
-    """All images (bfloat16, 2 bytes per channel and pixel) and captions, held in memory."""
-    images: list[Tensor] = []
-    rows: list[Tensor] = []
-    bad = []
-    pixels = Pixels(preprocess)
-    loader = image_loader(index, pixels, batch_size=data.batch_size, workers=data.workers)
-    for batch in tqdm(loader, desc="decoding", unit="batch"):
-        bad.extend(batch.bad)
-        if len(batch.rows):
-            images.append(pixels.normalise(batch.images).to(torch.bfloat16))
-            rows.append(batch.rows)
-    check_bad(bad, len(index), data.max_bad_fraction)
-    captions = [read_text(index[row]) for row in torch.cat(rows).tolist()]
-    return torch.cat(images), tokenizer(captions)
+def read_caption(tokenizer: Tokenizer, sample: Mapping[str, bytes]) -> Int[Tensor, " position"]:
+    """The tokens of a sample's caption."""
+    if "txt" not in sample:
+        raise DataError("it has no caption (txt)")
+    return tokenizer([sample["txt"].decode("utf-8")])[0]
 
 
 def save_open_clip(model: torch.nn.Module, architecture: str, folder: Path) -> None:

@@ -1,25 +1,31 @@
 """Train a linear probe on the normalised image embeddings of labelled shards, of any CLIP."""
 
 import logging
+from functools import partial
 
 import lightning as L
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipattr.clip import Clip
-from clipattr.config.schema import TrainProbe
-from clipattr.data import load_features
+from clipattr.config.schema import ProbeConfig, TrainProbe
+from clipattr.data import ActivationStore, EvaluationStream, Ranks, ShardIndex
 from clipattr.data.shards import read_label
 from clipattr.data.store import hash_json
-from clipattr.jobs.model import find_images, load_model, read_embeddings
+from clipattr.jobs.model import load_model, read_embeddings
+from clipattr.jobs.shards import find_images
 from clipattr.jobs.start import Plan, describe_model, describe_shards
 from clipattr.probes.files import ProbeRecord, save_probe
 from clipattr.probes.linear import LinearProbe
+from clipattr.training.activations import ActivationDataModule
 from clipattr.training.probe_module import ProbeModule
-from clipattr.training.rows import Rows, RowsDataModule
 from clipattr.training.trainer import build_trainer, fit
 
 logger = logging.getLogger(__name__)
+
+ROWS = ("x", "images")
 
 
 def train_probe(config: TrainProbe, command: list[str]) -> None:
@@ -31,17 +37,15 @@ def train_probe(config: TrainProbe, command: list[str]) -> None:
     plan = Plan(config, command, inputs, ("probe.json", "probe.safetensors"))
     if plan.is_finished():
         return
+    settings = config.probe
     L.seed_everything(config.seed, workers=True, verbose=False)
     clip = load_model(config.model, config.trainer.accelerator)
-    run = plan.open()
-    settings = config.probe
-
-    def load() -> tuple[Rows, str]:
-        return _labelled_rows(config, clip)
-
-    data = RowsDataModule(
-        load, batch_size=settings.batch_size, seed=config.seed, n_steps=config.trainer.steps
+    needed = ("cls",) if settings.label == "cls" else ("json",)
+    index, bad = find_images(
+        config.data.shards, config.data, needed, progress=config.trainer.progress
     )
+    data = _rows(config, clip, index, _read_labels(index, settings))
+    run = plan.open()
     probe = LinearProbe(clip.d_embed, len(settings.classes))
     module = ProbeModule(
         probe, lr=settings.lr, weight_decay=settings.weight_decay, n_steps=config.trainer.steps
@@ -49,35 +53,60 @@ def train_probe(config: TrainProbe, command: list[str]) -> None:
     trainer = build_trainer(config.trainer, run.path)
     fit(trainer, module, data, run.path)
     if trainer.is_global_zero:
-        metrics = {"train_accuracy": measure(probe, data.rows)}
+        assert data.store is not None, "it was trained on"
+        fingerprint = hash_json(data.store.fingerprint)
+        metrics = {"train_accuracy": measure(probe, data)}
         record = ProbeRecord(
             class_names=list(settings.classes),
             model={"name": config.model.name, "weights_sha256": clip.weights_sha256},
             label_field=settings.label,
-            data_fingerprint=data.fingerprint,
+            data_fingerprint=fingerprint,
             metrics=metrics,
         )
         save_probe(probe, run.path, record)
-        run.update_manifest(data=data.fingerprint)
+        run.write_bad([one._asdict() for one in (*bad, *data.store.bad)])
+        run.update_manifest(data=fingerprint)
         run.write_metrics({"probe": metrics})
         run.finish()
         logger.info("accuracy on the training rows: %.3f", metrics["train_accuracy"])
 
 
 @torch.no_grad()
-def measure(probe: LinearProbe, rows: Rows) -> float:
+def measure(probe: LinearProbe, data: ActivationDataModule) -> float:
     """Share of the rows whose largest logit is that of their label."""
-    features, labels = rows
-    predictions = probe(features.to(probe.weight.device)).argmax(dim=1).cpu()
-    return float((predictions == labels).double().mean())
+    assert data.store is not None, "it was trained on"
+    n_right = 0
+    for batch in EvaluationStream(data.store, batch_size=data.batch_size, fields=ROWS):
+        features, labels = data.finish(*batch)
+        predictions = probe(features.to(probe.weight.device)).argmax(dim=1).cpu()
+        n_right += int((predictions == labels).sum())
+    return n_right / data.store.n_rows
 
 
-def _labelled_rows(config: TrainProbe, clip: Clip) -> tuple[Rows, str]:
-    data, settings = config.data, config.probe
-    needed = ("cls",) if settings.label == "cls" else ("json",)
-    progress = config.trainer.progress
-    index, _ = find_images(data.shards, data, needed, progress=progress)
-    labels = torch.tensor([read_label(one, settings.label, settings.classes) for one in index])
-    store = read_embeddings(clip, index, data, progress=progress)
-    x, images = load_features(store)
-    return (normalize(x, dim=-1), labels[images]), hash_json(store.fingerprint)
+def _rows(
+    config: TrainProbe, clip: Clip, index: ShardIndex, labels: Int[Tensor, " image"]
+) -> ActivationDataModule:
+    """Embeddings with the labels of their images."""
+
+    def open_store(ranks: Ranks) -> ActivationStore:
+        progress = config.trainer.progress
+        return read_embeddings(clip, index, config.data, ranks=ranks, progress=progress)
+
+    return ActivationDataModule(
+        open_store,
+        batch_size=config.probe.batch_size,
+        seed=config.seed,
+        n_steps=config.trainer.steps,
+        fields=ROWS,
+        finish=partial(_with_labels, labels),
+    )
+
+
+def _with_labels(
+    labels: Int[Tensor, " image"], x: Float[Tensor, "row embed"], images: Int[Tensor, " row"]
+) -> tuple[Float[Tensor, "row embed"], Int[Tensor, " row"]]:
+    return normalize(x.float(), dim=-1), labels.to(images.device)[images.long()]
+
+
+def _read_labels(index: ShardIndex, settings: ProbeConfig) -> Int[Tensor, " image"]:
+    return torch.tensor([read_label(one, settings.label, settings.classes) for one in index])

@@ -1,44 +1,26 @@
-"""A datamodule over an activation store: what the cache holds, shuffled, from the disk.
+"""A datamodule over an activation store: what the cache holds, shuffled, from the disk."""
 
-Its state is the number of delivered batches and what their order depends on. A resumed run sees
-what the whole run would have seen, on any number of devices.
-"""
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import gcd
 
-import lightning as L
 from jaxtyping import Float
 from torch import Tensor
 
 from clipattr.data import ActivationStore, ActivationStream, Ranks
 from clipattr.data.stream import Batch
 from clipattr.errors import ConfigError
+from clipattr.training.streams import Place, StreamDataModule
 
 LANES = 32
 
 
-class Batches:
-    """The batches of a stream and nothing else.
-
-    A loader with a state would have it saved by Lightning as well, and dropped in some cases.
-    """
-
-    def __init__(self, stream: ActivationStream) -> None:
-        self.stream = stream
-
-    def __len__(self) -> int:
-        return len(self.stream)
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self.stream)
+def widen(*columns: Tensor) -> Batch:
+    """Numbers of half precision in float32."""
+    return tuple(column.float() if column.is_floating_point() else column for column in columns)
 
 
-class ActivationDataModule(L.LightningDataModule):
-    """Serves `batch_size` rows per step over all devices.
-
-    `open_store` opens the store; all processes call it and write together what is missing.
-    """
+class ActivationDataModule(StreamDataModule):
+    """Serves `batch_size` rows per step over all devices."""
 
     def __init__(
         self,
@@ -47,21 +29,38 @@ class ActivationDataModule(L.LightningDataModule):
         batch_size: int,
         seed: int,
         n_steps: int,
+        fields: tuple[str, ...] = ("x",),
+        finish: Callable[..., Batch] = widen,
     ) -> None:
+        """Nothing is opened before the training begins.
+
+        Args:
+            open_store: opens the store; all processes call it and write what is missing together.
+            batch_size: rows of a step, over all devices.
+            seed: of the order.
+            n_steps: of the training.
+            fields: columns of the store; `images` and `tokens` say whose rows they are.
+            finish: what the module gets of them, computed where it computes.
+        """
         super().__init__()
         self.open_store = open_store
         self.batch_size = batch_size
         self.seed = seed
         self.n_steps = n_steps
+        self.fields = fields
+        self.finish = finish
         self.store: ActivationStore | None = None
-        self.stream: ActivationStream | None = None
-        self._resumed: dict[str, object] | None = None
 
     def setup(self, stage: str) -> None:
         """Open the store, on every process."""
         if self.store is None:
-            trainer = self._trainer
-            ranks = Ranks(trainer.global_rank, trainer.world_size, trainer.strategy.barrier)
+            trainer = self.running_trainer
+            ranks = Ranks(
+                trainer.global_rank,
+                trainer.world_size,
+                trainer.strategy.barrier,
+                local_world_size=trainer.num_devices,
+            )
             self.store = self.open_store(ranks)
 
     def first_rows(self, n_rows: int) -> Float[Tensor, "row width"]:
@@ -71,45 +70,28 @@ class ActivationDataModule(L.LightningDataModule):
         self.store.read_run("x", 0, rows)
         return rows.float()
 
-    def train_dataloader(self) -> Batches:
-        """The stream, from the resumed step on."""
-        trainer, store = self._trainer, self.store
-        assert store is not None, "after setup"
+    def open_stream(self, place: Place) -> ActivationStream:
+        """The rows of this process."""
+        assert self.store is not None, "after setup"
         lanes = gcd(self.batch_size, LANES)
-        if lanes % trainer.world_size:
+        if lanes % place.world_size:
             raise ConfigError(
-                f"batch_size={self.batch_size} on {trainer.world_size} devices: a batch is drawn "
+                f"batch_size={self.batch_size} on {place.world_size} devices: a batch is drawn "
                 f"from {lanes} places of the cache, which must divide by the number of devices"
             )
-        self.stream = ActivationStream(
-            store,
+        return ActivationStream(
+            self.store,
             batch_size=self.batch_size,
             seed=self.seed,
             length=self.n_steps,
             lanes=lanes,
             window=max(self.batch_size, 65_536),
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            pin_memory=trainer.strategy.root_device.type == "cuda",
+            rank=place.rank,
+            world_size=place.world_size,
+            fields=self.fields,
+            pin_memory=place.pin_memory,
         )
-        if self._resumed is not None:
-            self.stream.load_state_dict(self._resumed)
-        return Batches(self.stream)
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Half-precision numbers are widened where they are used, not on the way."""
-        return tuple(column.float() for column in batch)
-
-    def state_dict(self) -> dict[str, object]:
-        """The position, and what the order depends on."""
-        assert self.stream is not None, "after train_dataloader"
-        return dict(self.stream.state_dict())
-
-    def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        """Go on at the saved position; the stream refuses another order."""
-        self._resumed = state_dict
-
-    @property
-    def _trainer(self) -> L.Trainer:
-        assert self.trainer is not None, "inside a trainer"
-        return self.trainer
+        return self.finish(*batch)

@@ -46,8 +46,6 @@ class ClipModule(L.LightningModule):
         """One contrastive loss."""
         assert self.loss is not None
         images, tokens = batch
-        # The images are held in bfloat16; without mixed precision the weights are float32.
-        images = images.float()
         image_embeddings, text_embeddings, logit_scale, *_ = self.model(images, tokens)
         loss = self.loss(image_embeddings.float(), text_embeddings.float(), logit_scale)
         self.log("train/loss", loss, prog_bar=True)
