@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from threading import Lock
 
 import numpy as np
 import torch
@@ -83,6 +84,7 @@ class ActivationStream:
         self._held: Window | None = None
         self._buffers: Batch = ()
         self._picks = np.zeros((0, 0, 0), dtype=np.int64)
+        self._lock = Lock()  # an iteration that was not ended goes on reading ahead beside the next
 
     def __len__(self) -> int:
         return self.length
@@ -107,6 +109,10 @@ class ActivationStream:
         self.t = int(str(state["t"]))
 
     def _read(self, t: int) -> Batch:
+        with self._lock:
+            return self._read_alone(t)
+
+    def _read_alone(self, t: int) -> Batch:
         window = self.order.window_of(t)
         if self._held is None or self._held[:2] != window[:2]:
             self._held = None

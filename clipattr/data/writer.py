@@ -8,7 +8,6 @@ complete: a killed pass, or one on another number of ranks, goes on with those t
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from clipattr.atomic import write_bytes, write_text
+from clipattr.atomic import sweep_temporary, write_bytes, write_text
 from clipattr.data.chunks import Layout, OpenChunk, Read, Source, has_chunk, sidecar_name
 from clipattr.data.columns import Column
 from clipattr.data.shards import BadSample, check_bad
@@ -34,9 +33,6 @@ from clipattr.data.store import (
     read_json,
 )
 from clipattr.errors import DataError
-
-# A temporary file that nobody wrote to for so long was left by a process that was killed.
-STALE_SECONDS = 3600
 
 
 class StorePlan(NamedTuple):
@@ -112,6 +108,16 @@ def write_stores(
         chunks = range(rank, layout.n_chunks, world_size)
         _write_missing(together, layout, read, chunks, max_bad_fraction, progress=progress)
     barrier()
+    for layout, together in passes.items():
+        try:  # each rank saw a part of them, and now all come to one verdict
+            check_bad(
+                _list_bad(together, range(layout.n_chunks)), layout.n_images, max_bad_fraction
+            )
+        except DataError:
+            barrier()
+            if rank == 0:
+                _forget_bad(together, range(layout.n_chunks))
+            raise
     if rank == 0:
         _finish_all(passes)
     barrier()
@@ -165,9 +171,7 @@ def begin_store(plan: StorePlan, layout: Layout, keys: Sequence[str]) -> None:
         plan.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{plan.folder}: cannot be made: {error}") from error
-    for path in plan.folder.glob(".*.tmp-*"):
-        if time.time() - path.stat().st_mtime > STALE_SECONDS:
-            path.unlink(missing_ok=True)
+    sweep_temporary(plan.folder)
     if (plan.folder / PLAN).exists():
         return
     text = "".join(f"{key}\n" for key in keys)
@@ -203,7 +207,7 @@ def _write_missing(
     plans: Mapping[str, StorePlan],
     layout: Layout,
     read: Read,
-    chunks: Iterable[int],
+    chunks: range,
     max_bad_fraction: float,
     *,
     progress: bool,
@@ -238,13 +242,36 @@ def _write_missing(
                     chunk.add(batch.images, batch.values[name])
                     chunk.bad += batch.bad
                 bar.update(len(batch.images) + len(batch.bad))
-            # Before it is kept: images that stop the pass will be repaired and read again.
-            check_bad(bad, layout.n_images, max_bad_fraction)
             if writing is not None:
                 writing.result()
+            try:
+                check_bad(bad, layout.n_images, max_bad_fraction)
+            except DataError:
+                _forget_bad(plans, chunks)
+                raise
             writing = pool.submit(_write_chunks, list(opened.values()), layout)
         if writing is not None:
             writing.result()
+
+
+def _list_bad(plans: Mapping[str, StorePlan], chunks: Iterable[int]) -> list[BadSample]:
+    sidecars = [
+        plan.folder / sidecar_name(number)
+        for plan in plans.values()
+        for number in chunks
+        if has_chunk(plan.folder, number)
+    ]
+    bad = [BadSample(*entry) for sidecar in sidecars for entry in read_json(sidecar)["bad"]]
+    return list(dict.fromkeys(bad))
+
+
+def _forget_bad(plans: Mapping[str, StorePlan], chunks: Iterable[int]) -> None:
+    """Images that stop the pass will be repaired: their chunks are read again."""
+    for plan in plans.values():
+        for number in chunks:
+            sidecar = plan.folder / sidecar_name(number)
+            if has_chunk(plan.folder, number) and read_json(sidecar)["bad"]:
+                sidecar.unlink()
 
 
 def _write_chunks(chunks: list[OpenChunk], layout: Layout) -> None:

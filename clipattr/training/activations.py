@@ -1,7 +1,7 @@
 """A datamodule over an activation store: what the cache holds, shuffled, from the disk."""
 
 from collections.abc import Callable
-from math import gcd
+from math import gcd, lcm
 
 from jaxtyping import Float
 from torch import Tensor
@@ -73,12 +73,7 @@ class ActivationDataModule(StreamDataModule):
     def open_stream(self, place: Place) -> ActivationStream:
         """The rows of this process."""
         assert self.store is not None, "after setup"
-        lanes = gcd(self.batch_size, LANES)
-        if lanes % place.world_size:
-            raise ConfigError(
-                f"batch_size={self.batch_size} on {place.world_size} devices: a batch is drawn "
-                f"from {lanes} places of the cache, which must divide by the number of devices"
-            )
+        lanes = self._choose_lanes(place.world_size)
         return ActivationStream(
             self.store,
             batch_size=self.batch_size,
@@ -91,6 +86,21 @@ class ActivationDataModule(StreamDataModule):
             fields=self.fields,
             pin_memory=place.pin_memory,
         )
+
+    def _choose_lanes(self, world_size: int) -> int:
+        """A resumed run keeps its own; a new one has LANES, or as many as its ranks can share."""
+        lanes = gcd(self.batch_size, LANES)
+        if self._resumed is not None:
+            lanes = int(str(self._resumed["lanes"]))
+        elif lanes % world_size:
+            lanes = lcm(lanes, world_size)
+        if lanes % world_size or self.batch_size % lanes:
+            raise ConfigError(
+                f"batch_size={self.batch_size} on {world_size} devices: a batch is drawn from "
+                f"{lanes} places of the cache, a number which the devices must divide, and which "
+                "must divide the batch"
+            )
+        return lanes
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Half-precision numbers are widened where they are used, not on the way."""

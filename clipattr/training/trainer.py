@@ -12,10 +12,11 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.logger import Logger as LightningLogger
 from lightning.pytorch.strategies import DDPStrategy
 
+from clipattr.atomic import sweep_temporary
 from clipattr.config.choices import Logger, Precision
 from clipattr.config.schema import DeviceConfig, TrainerConfig
 from clipattr.errors import ConfigError, Stopped
-from clipattr.training.checkpoints import AtomicCheckpointIO, newest_valid
+from clipattr.training.checkpoints import AtomicCheckpointIO, SameStart, newest_valid
 from clipattr.training.preemption import Preemption
 
 CHECKPOINTS = "checkpoints"
@@ -79,6 +80,7 @@ def build_trainer(
         callbacks=[
             checkpoint,
             Preemption(folder / CHECKPOINTS),
+            SameStart(),
             *_bars(settings),
             *(callbacks or []),
         ],
@@ -124,6 +126,7 @@ def fit(
     trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, folder: Path
 ) -> None:
     """Train, going on from the newest whole checkpoint of this run; Stopped when a signal came."""
+    sweep_temporary(folder / CHECKPOINTS)
     resume = newest_valid(folder / CHECKPOINTS)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     if any(isinstance(one, Preemption) and one.has_stopped for one in trainer.callbacks):  # type: ignore[attr-defined]
