@@ -22,14 +22,18 @@ _SHA256 = "tensors_sha256"
 
 
 def save_weights(
-    folder: Path, stem: str, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]
+    folder: Path,
+    stem: str,
+    tensors: Mapping[str, Tensor],
+    fields: Mapping[str, Any],
+    schema_version: int = SCHEMA_VERSION,
 ) -> None:
     """Write the pair; each file appears whole or not at all, the JSON last."""
     weights = safetensors.torch.save(
         {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     )
     record = {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": schema_version,
         **fields,
         _SHA256: hashlib.sha256(weights).hexdigest(),
     }
@@ -44,10 +48,13 @@ def save_weights(
 
 
 def load_weights(
-    folder: Path, stem: str, field_names: frozenset[str]
+    folder: Path, stem: str, schemas: Mapping[int, frozenset[str]]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors (on the CPU) and the fields, which must be exactly `field_names`."""
-    fields = _read_fields(folder / f"{stem}.json", field_names)
+    """The tensors (on the CPU) and the fields, which must be exactly those of one of the schemas.
+
+    `schemas` names the fields of every schema version that can be read.
+    """
+    fields = _read_fields(folder / f"{stem}.json", schemas)
     path = folder / f"{stem}.safetensors"
     weights = _read(path)
     found = hashlib.sha256(weights).hexdigest()
@@ -94,15 +101,18 @@ def check_model(path: Path, found: object, expected: Mapping[str, str]) -> None:
         raise CheckpointError(f"{path}: belongs to model {found!r}, expected {dict(expected)!r}")
 
 
-def _read_fields(path: Path, field_names: frozenset[str]) -> dict[str, Any]:
+def _read_fields(path: Path, schemas: Mapping[int, frozenset[str]]) -> dict[str, Any]:
     try:
         fields = json.loads(_read(path))
     except ValueError as error:  # broken JSON, or bytes that are no text
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path}: holds a {type(fields).__name__}, expected a JSON object")
-    check_field(path, "schema_version", fields.pop("schema_version", None), SCHEMA_VERSION)
-    expected = field_names | {_SHA256}
+    version = fields.get("schema_version")
+    if not isinstance(version, int) or version not in schemas:
+        allowed = " or ".join(str(each) for each in schemas)
+        raise CheckpointError(f"{path}: schema_version is {version!r}, expected {allowed}")
+    expected = schemas[version] | {_SHA256, "schema_version"}
     if fields.keys() != expected:
         raise CheckpointError(
             f"{path}: missing fields {sorted(expected - fields.keys())}, "

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from clipattr.clip.cut import Cut
 from clipattr.codes import SparseCodes
-from clipattr.sae.topk import TopKSae
+from clipattr.sae.sae import Sae
 
 
 class Readout(NamedTuple):
@@ -24,7 +24,7 @@ class Readout(NamedTuple):
 class Spliced:
     """A cut tower with an SAE at its site; the error term stays, so no edit means no change."""
 
-    def __init__(self, cut: Cut, sae: TopKSae) -> None:
+    def __init__(self, cut: Cut, sae: Sae) -> None:
         self.cut = cut
         self.sae = sae
 

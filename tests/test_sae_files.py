@@ -8,10 +8,13 @@ import torch
 
 from clipattr.errors import CheckpointError
 from clipattr.sae.files import SaeRecord, load_sae, save_sae
+from clipattr.sae.normalisation import Normalisation
 from clipattr.sae.topk import TopKSae
+from tests.saes import ALL, small_rows, small_sae
 
 SITE: dict[str, str | int] = {"layer": 5, "stream": "residual", "tokens": "cls"}
 MODEL = {"name": "planted-world", "weights_sha256": "abc"}
+SETTINGS = {"d_model": 4, "n_latents": 8, "k": 2}
 RECORD = SaeRecord(SITE, MODEL, data_fingerprint="f00d", metrics={"fvu": 0.125})
 
 
@@ -58,9 +61,10 @@ def test_round_trip(saved: Path, sae: TopKSae):
 
 def test_files_are_what_the_contract_says(saved: Path):
     content = json.loads((saved / "sae.json").read_text())
-    assert content["schema_version"] == 1
+    assert content["schema_version"] == 2
     assert content["architecture"] == "topk"
-    assert (content["d_model"], content["n_latents"], content["k"]) == (4, 8, 2)
+    assert content["settings"] == {"d_model": 4, "n_latents": 8, "k": 2}
+    assert content["normalisation"] == "scale"
     assert content["site"] == SITE
     assert set(safetensors.torch.load_file(saved / "sae.safetensors")) == {
         "W_enc", "W_dec", "b_enc", "b_dec", "input_scale",
@@ -90,14 +94,24 @@ def test_same_weights_under_another_name_are_the_same_model(saved: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 2}, "schema_version is 2, expected 1"),
-        ({"architecture": "gated"}, "architecture is 'gated', expected 'topk'"),
-        ({"normalisation": {}}, "normalisation"),
+        ({"schema_version": 3}, "schema_version is 3, expected 1 or 2"),
+        ({"schema_version": 1}, r"missing fields \['d_model', 'k', 'n_latents'\]"),
+        ({"architecture": "sparse"}, "architecture is 'sparse', expected one of .*'gated'"),
+        ({"architecture": ["topk"]}, r"architecture is \['topk'\]"),
+        ({"architecture": "gated"}, "settings are .*'k'.*expected .*'sparsity'"),
+        ({"architecture": "batch_topk"}, r"missing tensors \['threshold'\]"),
+        ({"normalisation": {}}, "normalisation is {}, expected one of .*'layer_norm'"),
+        ({"normalisation": "none"}, r"unexpected tensors \['input_scale'\]"),
+        ({"settings": 3}, r"settings are \['3'\]"),
         ({"site": None}, r"missing fields \['site'\]"),
         ({"extra": 1}, r"unexpected fields \['extra'\]"),
-        ({"k": 99}, "k=99"),
-        ({"k": 2.5}, "expected whole numbers"),
-        ({"d_model": 5}, r"W_dec is torch.float32 \[8, 4\], allowed .*\[8, 5\]"),
+        ({"settings": SETTINGS | {"k": 99}}, "k=99"),
+        ({"settings": SETTINGS | {"k": 2.5}}, "settings.k is 2.5, expected int"),
+        ({"settings": SETTINGS | {"k": True}}, "settings.k is True, expected int"),
+        (
+            {"settings": SETTINGS | {"d_model": 5}},
+            r"W_dec is torch.float32 \[8, 4\], allowed .*\[8, 5\]",
+        ),
         ({"model": {"name": "x"}}, r"expected \['name', 'weights_sha256'\]"),
     ],
 )
@@ -167,3 +181,88 @@ def test_nan_metric_is_refused(tmp_path: Path, sae: TopKSae):
     with pytest.raises(CheckpointError, match="nan or infinity"):
         save_sae(sae, tmp_path, record)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("normalisation", list(Normalisation))
+def test_every_architecture_comes_back(tmp_path: Path, name: str, normalisation: Normalisation):
+    sae, x = small_sae(name, normalisation).float().eval(), small_rows().float()
+    save_sae(sae, tmp_path, RECORD)
+    loaded, _ = load_sae(tmp_path)
+    assert type(loaded) is type(sae)
+    assert loaded.settings == sae.settings
+    assert not loaded.training
+    if normalisation is Normalisation.standardise:
+        sae = sae.fold()  # W_dec of a file is in the units of x
+    assert loaded.normalisation is sae.normalisation
+    assert torch.equal(loaded(x).recon, sae(x).recon)
+    assert torch.equal(loaded.encode(x).to_dense(), sae.encode(x).to_dense())
+
+
+def first_schema(folder: Path) -> None:
+    """Make the JSON what the first version of this file wrote."""
+    path = folder / "sae.json"
+    content = json.loads(path.read_text())
+    path.write_text(
+        json.dumps(
+            {
+                "schema_version": 1,
+                "architecture": "topk",
+                "d_model": 4,
+                "n_latents": 8,
+                "k": 2,
+                "normalisation": {"centre": "b_dec", "scale": "input_scale"},
+                "site": {"layer": 5, "stream": "residual", "tokens": "cls"},
+                "model": {"name": "planted-world", "weights_sha256": "abc"},
+                "data_fingerprint": "f00d",
+                "metrics": {"fvu": 0.125},
+                "tensors_sha256": content["tensors_sha256"],
+            }
+        )
+    )
+
+
+def test_a_file_of_the_first_schema_loads(saved: Path, sae: TopKSae):
+    first_schema(saved)
+    loaded, record = load_sae(saved, expected_site=SITE, expected_model=MODEL)
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    assert type(loaded) is TopKSae
+    assert torch.equal(loaded(x).recon, sae(x).recon)
+    assert record == RECORD
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "gated"}, "architecture is 'gated', expected 'topk'"),
+        ({"normalisation": {}}, "normalisation is {}, expected {'centre'"),
+        ({"k": None}, r"missing fields \['k'\]"),
+        ({"k": 2.5}, "settings.k is 2.5"),
+    ],
+)
+def test_wrong_json_of_the_first_schema(saved: Path, changes: dict[str, object], message: str):
+    first_schema(saved)
+    edit_json(saved, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load_sae(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "message"),
+    [
+        ("nested", "ks", [1, "2"], "settings.ks is .*expected a list of numbers"),
+        ("nested", "ks", [], "expected a list of numbers"),
+        ("nested", "ks", [5, 1], "ascending"),
+        ("nested", "weights", "mine", "settings.weights is 'mine', expected one of .*'reverse'"),
+        ("matryoshka", "over_batch", 1, "settings.over_batch is 1, expected bool"),
+        ("relu", "sparsity", "0.1", "settings.sparsity is '0.1', expected float"),
+        ("transcoder", "skip", True, r"missing tensors \['W_skip'\]"),
+    ],
+)
+def test_wrong_settings(tmp_path: Path, name: str, setting: str, value: object, message: str):
+    sae = small_sae(name)
+    save_sae(sae, tmp_path, RECORD)
+    settings = json.loads((tmp_path / "sae.json").read_text())["settings"]
+    edit_json(tmp_path, settings={**settings, setting: value})
+    with pytest.raises(CheckpointError, match=message):
+        load_sae(tmp_path)

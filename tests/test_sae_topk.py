@@ -5,7 +5,8 @@ from torch.nn import functional
 from clipattr.errors import ConfigError, DataError
 from clipattr.sae.constraints import normalise_decoder_, remove_parallel_gradient_
 from clipattr.sae.dead import FiringHistory
-from clipattr.sae.losses import auxk_loss, reconstruction_loss
+from clipattr.sae.losses import auxk_loss
+from clipattr.sae.relative import relative_error
 from clipattr.sae.topk import TopKSae
 
 D_MODEL, N_LATENTS, K = 6, 12, 3
@@ -97,14 +98,14 @@ def test_impossible_sizes(n_latents: int, k: int):
         TopKSae(d_model=3, n_latents=n_latents, k=k)
 
 
-def test_reconstruction_loss():
+def test_relative_error():
     x = torch.randn(30, 4, generator=seeded(), dtype=torch.float64) + 7
     recon = x + torch.randn(30, 4, generator=seeded(1), dtype=torch.float64)
     error = sum((x[i, d] - recon[i, d]).item() ** 2 for i in range(30) for d in range(4))
     spread = sum((x[i, d] - x[:, d].mean()).item() ** 2 for i in range(30) for d in range(4))
-    assert reconstruction_loss(x, recon).item() == pytest.approx(error / spread, rel=1e-12)
-    assert reconstruction_loss(x, x.mean(0).expand_as(x)).item() == pytest.approx(1.0)
-    assert reconstruction_loss(x, x).item() == 0
+    assert relative_error(x, recon).item() == pytest.approx(error / spread, rel=1e-12)
+    assert relative_error(x, x.mean(0).expand_as(x)).item() == pytest.approx(1.0)
+    assert relative_error(x, x).item() == 0
 
 
 def test_auxk_loss_equals_plain_loop():
@@ -172,7 +173,7 @@ def test_constraints():
     sae, x = small_sae()
     with torch.no_grad():
         sae.W_dec.mul_(torch.rand(N_LATENTS, 1, generator=seeded()) + 0.5)
-    reconstruction_loss(x, sae(x).recon).backward()
+    relative_error(x, sae(x).recon).backward()
     before = sae.W_dec.grad.clone()
     remove_parallel_gradient_(sae.W_dec)
     assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-12

@@ -76,7 +76,7 @@ class FaithfulnessCallback(ReadoutCallback):
         self.weights = weights
         self.targets = targets
         self.methods = methods
-        self.n_steps = min(n_steps, spliced.sae.k)
+        self.n_steps = min(n_steps, spliced.sae.max_active)
         self.ig_steps = ig_steps
         self.overlap_top = overlap_top
         self.resamples = resamples

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from clipattr.clip.loading import Clip
 from clipattr.clip.templates import SLOT, TEMPLATES
 from clipattr.errors import CheckpointError, ConfigError
-from clipattr.files import load_weights, save_weights
+from clipattr.files import SCHEMA_VERSION, load_weights, save_weights
 
 # A killed run loses this many prompts at most: with 80 templates the prompts of 12 classes.
 _CHUNK_PROMPTS = 1024
@@ -119,7 +119,7 @@ def _cached_rows(
 
 def _read_rows(cache: Path, stem: str) -> Float[Tensor, "class embed"]:
     try:
-        tensors, _ = load_weights(cache, stem, frozenset())
+        tensors, _ = load_weights(cache, stem, {SCHEMA_VERSION: frozenset()})
     except CheckpointError as error:
         raise CheckpointError(
             f"{error}; delete {cache / stem}.* to embed the prompts again"

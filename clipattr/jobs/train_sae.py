@@ -4,14 +4,19 @@ import logging
 
 import lightning as L
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from clipattr.config.schema import TrainSae
-from clipattr.data import ActivationStore, Ranks, load_features
+from clipattr.data import ActivationStore, EvaluationStream, Ranks
 from clipattr.data.store import hash_json
-from clipattr.jobs.model import FrozenClip, find_images, load_frozen, read_activations
+from clipattr.jobs.model import FrozenClip, load_frozen, read_activations
+from clipattr.jobs.shards import find_images
 from clipattr.jobs.start import Plan, describe_model, describe_shards
-from clipattr.metrics.reconstruction import Reconstruction
+from clipattr.metrics.exact_once import ExactOnce
+from clipattr.metrics.reconstruction import Reconstruction, ReconstructionResult
 from clipattr.sae.files import SaeRecord, save_sae
+from clipattr.sae.sae import Sae
 from clipattr.sae.topk import TopKSae
 from clipattr.training.activations import ActivationDataModule
 from clipattr.training.sae_module import SaeModule
@@ -76,19 +81,12 @@ def _module(config: TrainSae, d_model: int) -> SaeModule:
     )
 
 
-def measure(
-    sae: TopKSae, frozen: FrozenClip, config: TrainSae, *, progress: bool
-) -> dict[str, float]:
+def measure(sae: Sae, frozen: FrozenClip, config: TrainSae, *, progress: bool) -> dict[str, float]:
     """Reconstruction of the held-out shards."""
     images = find_images(config.held_out, config.data, setting="held_out", progress=progress)
-    x = load_features(read_activations(frozen, images.usable, config.data, progress=progress)).x
-    # Only the first process measures; the others would never come to a gathering.
-    metric = Reconstruction(d_model=sae.d_model, n_latents=sae.n_latents, sync_on_compute=False)
-    with torch.no_grad():
-        for rows in x.split(config.sae.batch_size):
-            output = sae(rows.to(sae.W_dec.device))
-            metric.update(rows, output.recon.cpu(), output.codes)
-    result = metric.compute()
+    store = read_activations(frozen, images.usable, config.data, progress=progress)
+    sae.eval().to(frozen.clip.device)  # the trainer has left it on the CPU
+    result = reconstruct(sae, store, config.sae.batch_size)
     metrics = {
         "fvu": float(result.fvu),
         "explained_variance": float(result.explained_variance),
@@ -106,3 +104,28 @@ def measure(
         int(metrics["n_rows"]),
     )
     return metrics
+
+
+@torch.no_grad()
+def reconstruct(sae: Sae, store: ActivationStore, batch_size: int) -> ReconstructionResult:
+    """How well the rows of a store are reconstructed, each of which is seen exactly once."""
+    device = sae.W_dec.device
+    # Only the first process measures; the others would never come to a gathering.
+    metric = Reconstruction(d_model=sae.d_model, n_latents=sae.n_latents, sync_on_compute=False)
+    metric.to(device)
+    due = _number(store.load("images"), store.load("tokens"))
+    proof = ExactOnce(due, sync_on_compute=False)
+    for x, images, tokens in EvaluationStream(
+        store, batch_size=batch_size, fields=("x", "images", "tokens")
+    ):
+        rows = x.to(device).float()
+        output = sae(rows)
+        metric.update(rows, output.recon, output.codes)
+        proof.update(_number(images, tokens))
+    proof.compute()
+    return metric.compute()
+
+
+def _number(images: Int[Tensor, " row"], tokens: Int[Tensor, " row"]) -> Int[Tensor, " row"]:
+    """One number for a token of an image; a store holds those of tokens in 16 bits."""
+    return images.long() << 16 | tokens.long()

@@ -5,7 +5,14 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from clipattr.errors import CheckpointError
-from clipattr.files import check_field, check_model, check_tensors, load_weights, save_weights
+from clipattr.files import (
+    SCHEMA_VERSION,
+    check_field,
+    check_model,
+    check_tensors,
+    load_weights,
+    save_weights,
+)
 from clipattr.probes.linear import LinearProbe
 
 _STEM = "probe"
@@ -52,7 +59,7 @@ def load_probe(
     """Read a probe onto the CPU; anything missing, unexpected or of another model is refused."""
     folder = Path(folder)
     path = folder / f"{_STEM}.json"
-    tensors, found = load_weights(folder, _STEM, _FIELDS)
+    tensors, found = load_weights(folder, _STEM, {SCHEMA_VERSION: _FIELDS})
     check_field(path, "architecture", found["architecture"], _ARCHITECTURE)
     check_field(path, "feature", found["feature"], _FEATURE)
     if expected_model is not None:

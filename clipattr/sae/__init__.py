@@ -1,11 +1,21 @@
-"""Sparse autoencoders: architecture, losses, dead latents, constraints, files."""
+"""Sparse autoencoders: architectures, losses, dead latents, constraints, files."""
 
 from clipattr.sae.files import SaeRecord, load_sae, save_sae
-from clipattr.sae.topk import TopKSae
+from clipattr.sae.prefixes import MatryoshkaSae, NestedTopKSae
+from clipattr.sae.relu import GatedSae, JumpReluSae, ReluSae
+from clipattr.sae.topk import BatchTopKSae, TopKSae
+from clipattr.sae.transcoder import Transcoder
 
 __all__ = [
+    "BatchTopKSae",
+    "GatedSae",
+    "JumpReluSae",
+    "MatryoshkaSae",
+    "NestedTopKSae",
+    "ReluSae",
     "SaeRecord",
     "TopKSae",
+    "Transcoder",
     "load_sae",
     "save_sae",
 ]

@@ -42,7 +42,8 @@ class _Choose(Function):
         ctx: Any, pre: Tensor, indices: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor
     ) -> Tensor:
         ctx.save_for_backward(indices, x, W_enc)
-        return pre.gather(1, indices)
+        # Under autocast z is in half precision, but what its gradient meets is not.
+        return pre.gather(1, indices).to(x.dtype)
 
     @staticmethod
     @once_differentiable

@@ -1,28 +1,61 @@
-"""What a TopK SAE minimises. Both losses are ratios of sums over the batch, without units."""
+"""What is minimised: one function for all architectures."""
 
-import torch
+from typing import NamedTuple
+
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from clipattr.codes import SparseCodes
 from clipattr.sae.kernels import choose
-from clipattr.sae.topk import SaeOutput, TopKSae
+from clipattr.sae.relative import relative_error
+from clipattr.sae.sae import Sae, SaeOutput
+
+
+class SaeLoss(NamedTuple):
+    """total = reconstruction + penalty + aux_coefficient * auxiliary."""
+
+    total: Float[Tensor, ""]
+    reconstruction: Float[Tensor, ""]
+    """relative error; of prefixes and nested choices, the weighted mean of theirs"""
+    penalty: Float[Tensor, ""]
+    """what the architecture asks for beside it, with its coefficient"""
+    auxiliary: Float[Tensor, ""]
+    """AuxK, without its coefficient"""
+
+
+def sae_loss(
+    sae: Sae,
+    x: Float[Tensor, "batch out"],
+    output: SaeOutput,
+    *,
+    is_dead: Bool[Tensor, " latent"],
+    k_aux: int,
+    aux_coefficient: float,
+) -> SaeLoss:
+    """The loss of one batch; `x` is what is reconstructed, for a transcoder the output site."""
+    reconstruction = reconstruction_loss(sae, x, output)
+    penalty = sae.penalty(x, output)
+    auxiliary = auxk_loss(sae, x, output, is_dead, k_aux)
+    total = reconstruction + penalty + aux_coefficient * auxiliary
+    return SaeLoss(total, reconstruction, penalty, auxiliary)
 
 
 def reconstruction_loss(
-    x: Float[Tensor, "batch model"], recon: Float[Tensor, "batch model"]
+    sae: Sae, x: Float[Tensor, "batch out"], output: SaeOutput
 ) -> Float[Tensor, ""]:
-    """Sum ||x - x_hat||^2 / sum ||x - mean(x)||^2, the mean being that of the batch.
-
-    A training loss: the mean of the batch is not the mean of the data, so the FVU that is reported
-    comes from clipattr.metrics. Reference: Gao et al. 2024, section 2.1 (normalised MSE).
-    """
-    return _relative_error(x, recon)
+    """Weighted mean of the relative errors of all parts, the mean predictor having 1."""
+    weights = sae.part_weights()
+    unit = sae.error_unit(output)
+    errors = [
+        weight * relative_error(x, part, unit)
+        for weight, part in zip(weights, output.parts, strict=True)
+    ]
+    return sum(errors[1:], errors[0]) / sum(weights)
 
 
 def auxk_loss(
-    sae: TopKSae,
-    x: Float[Tensor, "batch model"],
+    sae: Sae,
+    x: Float[Tensor, "batch out"],
     output: SaeOutput,
     is_dead: Bool[Tensor, " latent"],
     k_aux: int,
@@ -38,16 +71,7 @@ def auxk_loss(
         return sae.b_enc.sum() * 0.0
     indices = dead[output.pre[:, dead].topk(min(k_aux, len(dead)), dim=-1).indices]
     values = choose(output.pre, indices, output.inputs, sae.W_enc, sae.b_enc)
-    codes = SparseCodes(indices, values.relu() * sae.input_scale, sae.n_latents)
+    codes = SparseCodes(indices, values.relu() * output.unit, sae.n_latents)
     # Detached: the live latents must not learn to leave something over for the dead ones.
     residual = (x - output.recon).detach()
-    return _relative_error(residual, codes.decode(sae.W_dec))
-
-
-def _relative_error(
-    target: Float[Tensor, "batch model"], estimate: Float[Tensor, "batch model"]
-) -> Float[Tensor, ""]:
-    spread = (target - target.mean(0)).square().sum()
-    error = (target - estimate).square().sum()
-    # Equal rows have no spread; dividing by one keeps the gradient finite there.
-    return error / torch.where(spread > 0, spread, 1.0)
+    return relative_error(residual, sae.combine(codes), sae.error_unit(output))

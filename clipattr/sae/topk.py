@@ -1,107 +1,136 @@
-"""The TopK sparse autoencoder. Training statistics live elsewhere: forward changes nothing."""
-
-import math
-from typing import NamedTuple
+"""TopK and BatchTopK: a fixed number of latents is active, in each row or on average."""
 
 import torch
 from jaxtyping import Float
-from torch import Generator, Tensor, nn
-from torch.nn import functional
+from torch import Generator, Tensor
 
-from clipattr.codes import SparseCodes
-from clipattr.errors import ConfigError, DataError
-from clipattr.sae.kernels import choose, pre_activations
+from clipattr.codes import SparseCodes, pack
+from clipattr.errors import ConfigError
+from clipattr.sae import kernels
+from clipattr.sae.normalisation import Normalisation
+from clipattr.sae.sae import Sae, SaeOutput
 
-
-class SaeOutput(NamedTuple):
-    """One forward pass: codes in raw units, recon = x_hat; `inputs` and `pre` are normalised.
-
-    `pre` holds z of every latent and has no gradient: `kernels.choose` gives that of some of them.
-    """
-
-    codes: SparseCodes
-    recon: Float[Tensor, "*rows model"]
-    inputs: Float[Tensor, "*rows model"]
-    pre: Float[Tensor, "*rows latent"]
+# Weight of the newest batch in the running threshold of BatchTopK, which remembers about twenty.
+# The smallest of k * rows values has little noise, while it moves as long as training does.
+THRESHOLD_RATE = 0.05
 
 
-class TopKSae(nn.Module):
+class TopKSae(Sae):
     """TopK sparse autoencoder with tied initialisation and unit-norm decoder rows v_j.
 
-    z = W_enc (x - b_dec) / s + b_enc,   a = s ReLU(TopK_k(z)),   x_hat = sum_j a_j v_j + b_dec
+    a = s ReLU(TopK_k(z)),   z and s as in `Sae`
 
-    x is the raw activation and s the scalar buffer `input_scale`: optimisation sees unit variance
-    whatever the layer, while a_j and x_hat are in the units of x, so that x - a_j v_j is an edit of
-    the model's own activation. Reference: Gao et al. 2024, Scaling and evaluating sparse
-    autoencoders, sections 2.2-2.3.
+    Gradients run through the chosen latents alone: the cost of a step is one dense product, and k
+    latents per row. Reference: Gao et al. 2024, Scaling and evaluating sparse autoencoders,
+    sections 2.2-2.3.
     """
 
-    input_scale: Tensor
+    architecture = "topk"
+    SETTINGS = {**Sae.SETTINGS, "k": int}
 
     def __init__(
-        self, *, d_model: int, n_latents: int, k: int, generator: Generator | None = None
+        self,
+        *,
+        d_model: int,
+        n_latents: int,
+        k: int,
+        normalisation: Normalisation = Normalisation.scale,
+        generator: Generator | None = None,
     ) -> None:
         """Draw random unit directions; `initialise_from` sets b_dec and the scale from data."""
-        super().__init__()
-        if d_model < 1 or not 1 <= k <= n_latents:
+        if not 1 <= k <= n_latents:
             raise ConfigError(
-                f"TopKSae(d_model={d_model}, n_latents={n_latents}, k={k}): "
-                "d_model must be at least 1 and k between 1 and n_latents"
+                f"{type(self).__name__}(n_latents={n_latents}, k={k}): "
+                "k must be between 1 and n_latents"
             )
-        self.k = k
-        directions = functional.normalize(
-            torch.randn(n_latents, d_model, generator=generator), dim=1
+        super().__init__(
+            d_model=d_model,
+            n_latents=n_latents,
+            normalisation=normalisation,
+            generator=generator,
         )
-        self.W_dec = nn.Parameter(directions)
-        # A copy: the encoder starts tied but is its own parameter afterwards.
-        self.W_enc = nn.Parameter(directions.clone())
-        self.b_enc = nn.Parameter(torch.zeros(n_latents))
-        self.b_dec = nn.Parameter(torch.zeros(d_model))
-        self.register_buffer("input_scale", torch.ones(()))
+        self.k = k
 
     @property
-    def d_model(self) -> int:
-        """Width of the site."""
-        return self.W_dec.shape[1]
+    def max_active(self) -> int:
+        """K of them."""
+        return self.k
+
+    def pre_activations(self, inputs: Float[Tensor, "row model"]) -> Float[Tensor, "row latent"]:
+        """Z = W_enc u + b_enc without a gradient, to choose from."""
+        return kernels.pre_activations(inputs, self.W_enc, self.b_enc)
+
+    def choose(
+        self, inputs: Float[Tensor, "row model"], pre: Float[Tensor, "row latent"]
+    ) -> SparseCodes:
+        """The k largest of each row, largest first."""
+        indices = pre.topk(self.k, dim=-1).indices
+        return SparseCodes(indices, self._activate(inputs, pre, indices), self.n_latents)
+
+    def _activate(self, inputs: Tensor, pre: Tensor, indices: Tensor) -> Tensor:
+        """ReLU(z) of the chosen ones, with their gradient."""
+        return kernels.choose(pre, indices, inputs, self.W_enc, self.b_enc).relu()
+
+
+class BatchTopKSae(TopKSae):
+    """TopK over the batch: a row may have more than k latents where another has fewer.
+
+    training:   a = s ReLU(TopK_{k rows}(z of the batch))
+    inference:  a = s z 1[z > threshold],   so that a row does not depend on its neighbours
+
+    `threshold` is the running mean of the smallest activation that was chosen in a batch, moved by
+    `update_statistics` alone.
+    Reference: Bussmann, Leask, Nanda 2024, BatchTopK sparse autoencoders.
+    """
+
+    architecture = "batch_topk"
+    threshold: Tensor
+
+    def __init__(
+        self,
+        *,
+        d_model: int,
+        n_latents: int,
+        k: int,
+        normalisation: Normalisation = Normalisation.scale,
+        generator: Generator | None = None,
+    ) -> None:
+        """As TopK; the threshold of an untrained one is zero."""
+        super().__init__(
+            d_model=d_model,
+            n_latents=n_latents,
+            k=k,
+            normalisation=normalisation,
+            generator=generator,
+        )
+        self.register_buffer("threshold", torch.zeros(()))
 
     @property
-    def n_latents(self) -> int:
-        """Size of the dictionary."""
-        return self.W_dec.shape[0]
+    def max_active(self) -> int:
+        """One row could take all."""
+        return self.n_latents
+
+    def choose(
+        self, inputs: Float[Tensor, "row model"], pre: Float[Tensor, "row latent"]
+    ) -> SparseCodes:
+        """The k * rows largest of the batch in training, all above the threshold otherwise."""
+        if self.training:
+            flat = pre.flatten().topk(self.k * len(pre), sorted=False).indices.sort().values
+        else:
+            flat = (pre > self.threshold).flatten().nonzero().flatten()
+        indices, is_chosen = pack(flat, len(pre), self.n_latents)
+        values = self._activate(inputs, pre, indices) * is_chosen
+        return SparseCodes(indices, values, self.n_latents)
 
     @torch.no_grad()
-    def initialise_from(self, rows: Float[Tensor, "batch model"]) -> None:
-        """Set b_dec to the mean of the rows and s to sqrt(mean ||x - mean||^2 / d)."""
-        rows = rows.double()
-        mean = rows.mean(0)
-        scale = ((rows - mean).square().sum(1).mean() / self.d_model).sqrt()
-        if not math.isfinite(scale.item()) or scale == 0:
-            raise DataError(
-                f"the scale of {len(rows)} activation rows is {scale.item()}: "
-                "a positive finite spread is needed to normalise the input"
-            )
-        self.b_dec.copy_(mean)
-        self.input_scale.copy_(scale)
+    def update_statistics(self, output: SaeOutput) -> tuple[Tensor, ...]:
+        """Move the threshold towards the smallest z that was chosen; the first one is taken."""
+        activations = output.codes.values / output.unit
+        smallest = activations.where(activations > 0, torch.inf).min()
+        moved = torch.lerp(self.threshold, smallest.to(self.threshold), THRESHOLD_RATE)
+        moved = torch.where(self.threshold > 0, moved, smallest.to(self.threshold))
+        self.threshold.copy_(torch.where(smallest.isfinite(), moved, self.threshold))
+        return (self.threshold,)
 
-    def encode(self, x: Float[Tensor, "*rows model"]) -> SparseCodes:
-        """The k largest latents of each row, a_j in the units of x, largest first."""
-        return self._encode(x)[0]
-
-    def decode(self, codes: SparseCodes) -> Float[Tensor, "*rows model"]:
-        """The reconstruction sum_j a_j v_j + b_dec."""
-        return codes.decode(self.W_dec) + self.b_dec
-
-    def forward(self, x: Float[Tensor, "*rows model"]) -> SaeOutput:
-        """Encode and decode."""
-        codes, inputs, pre = self._encode(x)
-        return SaeOutput(codes, self.decode(codes), inputs, pre)
-
-    def _encode(self, x: Float[Tensor, "*rows model"]) -> tuple[SparseCodes, Tensor, Tensor]:
-        inputs = (x - self.b_dec) / self.input_scale
-        rows = inputs.reshape(-1, self.d_model)
-        pre = pre_activations(rows, self.W_enc, self.b_enc)
-        indices = pre.topk(self.k, dim=-1).indices
-        values = choose(pre, indices, rows, self.W_enc, self.b_enc).relu() * self.input_scale
-        shape = (*x.shape[:-1], -1)
-        codes = SparseCodes(indices.reshape(shape), values.reshape(shape), self.n_latents)
-        return codes, inputs, pre.reshape(shape)
+    def _fold_rest(self, shift: Tensor) -> dict[str, Tensor]:
+        return {"threshold": self.threshold * self.unit}

@@ -1,4 +1,4 @@
-"""Train one TopK SAE on rows of activations."""
+"""Train one SAE on rows of activations."""
 
 import lightning as L
 import torch
@@ -9,8 +9,8 @@ from torch import Tensor, distributed
 from clipattr.codes import SparseCodes
 from clipattr.sae.constraints import normalise_decoder_, remove_parallel_gradient_
 from clipattr.sae.dead import FiringHistory
-from clipattr.sae.losses import auxk_loss, reconstruction_loss
-from clipattr.sae.topk import TopKSae
+from clipattr.sae.losses import sae_loss
+from clipattr.sae.sae import Sae, SaeOutput
 from clipattr.training.activations import ActivationDataModule
 from clipattr.training.optim import warmup_hold_decay, with_schedule
 
@@ -18,11 +18,11 @@ INIT_ROWS = 8192
 
 
 class SaeModule(L.LightningModule):
-    """Reconstruction loss plus AuxK; the decoder's rows stay on the unit sphere."""
+    """The loss of the architecture plus AuxK; the decoder's rows stay on the unit sphere."""
 
     def __init__(
         self,
-        sae: TopKSae,
+        sae: Sae,
         *,
         lr: float,
         warmup: int,
@@ -53,20 +53,34 @@ class SaeModule(L.LightningModule):
         """One step on raw activations."""
         (x,) = batch
         output = self.sae(x)
-        reconstruction = reconstruction_loss(x, output.recon)
         is_dead = self.history.is_dead(self.dead_after)
-        auxiliary = auxk_loss(self.sae, x, output, is_dead, self.k_aux)
+        loss = sae_loss(
+            self.sae,
+            x,
+            output,
+            is_dead=is_dead,
+            k_aux=self.k_aux,
+            aux_coefficient=self.aux_coefficient,
+        )
         self._count_firings(output.codes, len(x))
-        self.log("train/fvu", reconstruction.detach(), prog_bar=True)
-        self.log("train/aux", auxiliary.detach())
+        self._update_statistics(output)
+        self.log("train/fvu", loss.reconstruction.detach(), prog_bar=True)
+        self.log("train/aux", loss.auxiliary.detach())
         self.log("train/dead", is_dead.double().mean(), prog_bar=True)
-        return reconstruction + self.aux_coefficient * auxiliary
+        return loss.total
 
     def _count_firings(self, codes: SparseCodes, n_rows: int) -> None:
         """Rows are those of all ranks, and a latent that fired on one of them has fired."""
         self.history.update(codes, n_rows * self.trainer.world_size)
         if self.trainer.world_size > 1:
             distributed.all_reduce(self.history.rows_since_fired, distributed.ReduceOp.MIN)
+
+    def _update_statistics(self, output: SaeOutput) -> None:
+        """All ranks start from the same, so the mean of theirs has taken in all their batches."""
+        for statistic in self.sae.update_statistics(output):
+            if self.trainer.world_size > 1:
+                distributed.all_reduce(statistic)
+                statistic.div_(self.trainer.world_size)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Before clipping, so that the clipped norm is that of the gradient which is used."""
