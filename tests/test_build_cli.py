@@ -88,7 +88,7 @@ def test_table_to_parts(photos: Path, capsys):
         (["photos", "out", "--label-column", "x"], "label='x': of a folder of images, nothing"),
         (["photos", "out", "--classes", "no.txt"], "classes=['no.txt']"),
         (["photos", "out", "--max-bad-fraction", "2"], "max_bad_fraction=2.0"),
-        (["s3://bucket/{0..9}.tar", "out"], "only local files are read"),
+        (["ftp://host/{0..9}.tar", "out"], "a shard with ftp:, which is not opened; allowed are"),
     ],
 )
 def test_mistakes_give_one_message(photos: Path, capsys, arguments: list[str], message: str):

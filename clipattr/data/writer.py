@@ -71,16 +71,14 @@ def write_stores(
     """Open the stores; what is not there yet is written first, in one pass over the images.
 
     Every rank calls this with the same arguments, but its rank. A finished store is opened whatever
-    its seed and sizes are; an unfinished one must have been begun with the same. Its files may be
-    smaller than asked for, as they are where it was begun along with others; stores with files of
-    different sizes take a pass each.
+    its seed and sizes are; an unfinished one must have been begun with the same, but for files that
+    are smaller because it was begun along with others: files of another size take another pass.
 
     Args:
         plans: name -> store.
         keys: of all source images, in the order of the source.
         read: images (rows of the source) -> their batches, in the same order, with the values of
-            all stores that are not finished. Called once for a pass, with everything that this rank
-            has to read, so that workers can decode ahead.
+            all unfinished stores. Called once for a pass, so that workers can decode ahead.
         order: "mixed", or "source" to keep the order of the source.
         seed: of the mixing.
         chunk_images: the largest number of images per file: the work that a kill can cost.
@@ -109,15 +107,7 @@ def write_stores(
         _write_missing(together, layout, read, chunks, max_bad_fraction, progress=progress)
     barrier()
     for layout, together in passes.items():
-        try:  # each rank saw a part of them, and now all come to one verdict
-            check_bad(
-                _list_bad(together, range(layout.n_chunks)), layout.n_images, max_bad_fraction
-            )
-        except DataError:
-            barrier()
-            if rank == 0:
-                _forget_bad(together, range(layout.n_chunks))
-            raise
+        _judge(together, layout, max_bad_fraction, is_first=rank == 0, barrier=barrier)
     if rank == 0:
         _finish_all(passes)
     barrier()
@@ -252,6 +242,25 @@ def _write_missing(
             writing = pool.submit(_write_chunks, list(opened.values()), layout)
         if writing is not None:
             writing.result()
+
+
+def _judge(
+    plans: Mapping[str, StorePlan],
+    layout: Layout,
+    max_bad_fraction: float,
+    *,
+    is_first: bool,
+    barrier: Callable[[], object],
+) -> None:
+    """All ranks, each of which saw a part of the bad images, come to one verdict."""
+    chunks = range(layout.n_chunks)
+    try:
+        check_bad(_list_bad(plans, chunks), layout.n_images, max_bad_fraction)
+    except DataError:
+        barrier()
+        if is_first:
+            _forget_bad(plans, chunks)
+        raise
 
 
 def _list_bad(plans: Mapping[str, StorePlan], chunks: Iterable[int]) -> list[BadSample]:
