@@ -1,6 +1,7 @@
 """Sparse autoencoders: architectures, losses, dead latents, constraints, files."""
 
 from clipattr.sae.files import SaeRecord, load_sae, save_sae
+from clipattr.sae.foreign import import_sae
 from clipattr.sae.prefixes import MatryoshkaSae, NestedTopKSae
 from clipattr.sae.relu import GatedSae, JumpReluSae, ReluSae
 from clipattr.sae.topk import BatchTopKSae, TopKSae
@@ -16,6 +17,7 @@ __all__ = [
     "SaeRecord",
     "TopKSae",
     "Transcoder",
+    "import_sae",
     "load_sae",
     "save_sae",
 ]
