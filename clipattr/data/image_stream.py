@@ -17,9 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 from clipattr.data.images import Augment, ImageBatch, Reader, read_pixels
 from clipattr.data.index import ShardIndex
 from clipattr.data.lanes import LaneOrder
-from clipattr.data.order import rows_of_step
+from clipattr.data.order import position_of, rows_of_step
 from clipattr.data.shards import BadSample, Sample
-from clipattr.errors import CheckpointError, ConfigError, DataError
+from clipattr.errors import ConfigError, DataError
 
 FieldFunction = Callable[[Mapping[str, bytes]], Tensor]
 
@@ -125,12 +125,7 @@ class ImageStream:
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on at a saved position; another order is refused by the name of what differs."""
-        for name, value in self._identity.items():
-            if state.get(name) != value:
-                raise CheckpointError(
-                    f"cannot resume: {name} was {state.get(name)!r} and is {value!r} now"
-                )
-        self.t = int(str(state["t"]))
+        self.t = position_of(state, self._identity)
 
 
 def _check_batch(batch_size: int, n_images: int, world_size: int) -> None:

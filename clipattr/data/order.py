@@ -1,11 +1,14 @@
 """Which rows step t trains on: a pure function, so that a resumed run goes on exactly."""
 
+from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
+
+from clipattr.errors import CheckpointError
 
 
 @lru_cache(maxsize=2)
@@ -27,3 +30,13 @@ def rows_of_step(
     start = position * batch_size + rank * share
     # A copy: a view would let a caller that edits its batch edit the epoch.
     return torch.from_numpy(_permutation(n_rows, seed, epoch)[start : start + share].copy())
+
+
+def position_of(state: Mapping[str, object], identity: Mapping[str, object]) -> int:
+    """The number t of a saved stream; another order is refused by the name of what differs."""
+    for name, value in identity.items():
+        if state.get(name) != value:
+            raise CheckpointError(
+                f"cannot resume: {name} was {state.get(name)!r} and is {value!r} now"
+            )
+    return int(str(state["t"]))

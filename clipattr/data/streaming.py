@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from clipattr.data.images import ImageBatch, ImageError, Reader
+from clipattr.data.order import position_of
 from clipattr.data.remote import Shard
 from clipattr.data.sequential import RawSample, mix, read_shards
 from clipattr.data.shards import IMAGE_FIELDS, BadSample
-from clipattr.errors import CheckpointError, ConfigError, DataError
+from clipattr.errors import ConfigError, DataError
 
 # From here on it is no accident: the set cannot be read.
 MAX_BAD_IN_A_ROW = 20_000
@@ -104,12 +105,7 @@ class StreamedImages:
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
         """Go on at a saved position; another order is refused by the name of what differs."""
-        for name, value in self._identity.items():
-            if state.get(name) != value:
-                raise CheckpointError(
-                    f"cannot resume: {name} was {state.get(name)!r} and is {value!r} now"
-                )
-        self.t = int(str(state["t"]))
+        self.t = position_of(state, self._identity)
         self._running = None
 
     def _loader(self) -> DataLoader[ImageBatch | DataError]:
