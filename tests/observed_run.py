@@ -25,6 +25,7 @@ from clipattr.data.store import ActivationStore
 from clipattr.sae.topk import TopKSae
 from clipattr.training.activations import ActivationDataModule
 from clipattr.training.checkpoints import AtomicCheckpointIO, newest_valid
+from clipattr.training.sae_member import SaeMember
 from clipattr.training.sae_module import SaeModule
 from clipattr.training.trainer import build_trainer, fit
 
@@ -65,8 +66,8 @@ class PlainLoss(SaeModule):
 
     def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
         (x,) = batch
-        output = self.sae(x)
-        self._count_firings(output.codes, len(x))
+        output = self.by_name[""].sae(x)
+        self.by_name[""].take_in(output, self.trainer.world_size)
         return (x - output.recon).square().sum(1).mean() / (9 * WIDTH)
 
 
@@ -104,9 +105,8 @@ def train(
     )
     sae = TopKSae(d_model=WIDTH, n_latents=24, k=3, generator=torch.Generator().manual_seed(1))
     kind = PlainLoss if is_plain else SaeModule
-    module = kind(
-        sae, lr=1e-3, warmup=3, n_steps=n_steps, k_aux=4, aux_coefficient=0.1, dead_after=64
-    )
+    member = SaeMember(sae, lr=1e-3, warmup=3, k_aux=4, aux_coefficient=0.1, dead_after=64)
+    module = kind({"": member}, n_steps=n_steps)
     settings = TrainerConfig(
         accelerator="cpu",
         progress=False,

@@ -20,6 +20,7 @@ from clipattr.errors import CheckpointError, Stopped
 from clipattr.sae.topk import TopKSae
 from clipattr.training.activations import ActivationDataModule
 from clipattr.training.checkpoints import AtomicCheckpointIO, SameStart, newest_valid
+from clipattr.training.sae_member import SaeMember
 from clipattr.training.sae_module import SaeModule
 from clipattr.training.trainer import build_trainer, fit
 from tests.stores import store_of
@@ -123,9 +124,8 @@ def train(folder: Path, *callbacks: Callback) -> None:
         lambda _: store_of(rows, folder / "store"), batch_size=32, seed=0, n_steps=N_STEPS
     )
     sae = TopKSae(d_model=8, n_latents=24, k=3, generator=torch.Generator().manual_seed(1))
-    module = SaeModule(
-        sae, lr=1e-2, warmup=3, n_steps=N_STEPS, k_aux=4, aux_coefficient=0.1, dead_after=64
-    )
+    member = SaeMember(sae, lr=1e-2, warmup=3, k_aux=4, aux_coefficient=0.1, dead_after=64)
+    module = SaeModule({"": member}, n_steps=N_STEPS)
     fit(build_trainer(settings(), folder, callbacks=list(callbacks)), module, data, folder)
 
 

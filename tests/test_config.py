@@ -102,7 +102,7 @@ def test_null_and_lists(write):
         ("sae.k=null", ["sae.k=null", "must be an integer"]),
         ("trainer.progress=1", ["trainer.progress=1", "must be true or false"]),
         ("trainer.precision=fp16", ["trainer.precision='fp16'", "must be one of fp32, bf16"]),
-        ("sae=3", ["sae=3", "must be a section with keys n_latents, k"]),
+        ("sae=3", ["sae=3", "must be a section with keys architecture, n_latents, k"]),
         ("name=null", ["name=null", "must be text"]),
         ("sae.k=600", ["sae.k=600 is larger than sae.n_latents=512"]),
         ("sae.k=[1", ["sae.k=[1", "not a YAML value"]),
@@ -258,7 +258,7 @@ def test_help_lists_jobs_and_fields(capsys, script, jobs):
 def test_help_of_one_file(write, capsys):
     assert run_script("train.py", TRAIN_JOBS, [write(SAE), "--help"]) == 0
     text = capsys.readouterr().out
-    assert "sae.k: an integer = 16" in text
+    assert "sae.k: an integer, or a list = 16" in text
     assert "world.out" not in text
     assert "render_world" not in text
 

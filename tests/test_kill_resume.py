@@ -137,7 +137,7 @@ def test_one_process_goes_on_with_the_same_batches(killed: Killed, whole: Path):
     start = torch.load(newest_valid(killed.folder / "checkpoints"), weights_only=True)["state_dict"]
     for name, value in wanted.items():
         torch.testing.assert_close(trained[name], value, rtol=1e-5, atol=1e-5)
-    moved = (wanted["sae.W_enc"] - start["sae.W_enc"]).abs().max()
+    moved = (wanted["members.0.sae.W_enc"] - start["members.0.sae.W_enc"]).abs().max()
     assert moved > 1e-3  # a hundred times what is allowed
 
 

@@ -1,7 +1,6 @@
 """Every architecture in the Lightning module: it learns, resumes, and ranks agree."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,10 +17,11 @@ from clipattr.sae import (
 )
 from clipattr.sae.sae import Sae
 from clipattr.training.activations import ActivationDataModule
+from clipattr.training.sae_member import SaeMember
 from clipattr.training.sae_module import SaeModule
 from clipattr.training.trainer import build_trainer, fit
 from tests.stores import store_of
-from tests.test_training import N_STEPS, KillAt, KilledError, activations, settings
+from tests.test_training import N_STEPS, OF_SAE, KillAt, KilledError, activations, settings
 
 KINDS = {
     BatchTopKSae: {"k": 3},
@@ -38,17 +38,15 @@ def build(kind: type[Sae]) -> Sae:
     return kind(d_model=8, n_latents=24, generator=generator, **KINDS[kind])
 
 
-def module_of(sae: Sae) -> SaeModule:
-    return SaeModule(
-        sae, lr=1e-2, warmup=3, n_steps=N_STEPS, k_aux=4, aux_coefficient=0.1, dead_after=64
-    )
+def member_of(sae: Sae) -> SaeMember:
+    return SaeMember(sae, lr=1e-2, warmup=3, k_aux=4, aux_coefficient=0.1, dead_after=64)
 
 
 def run(kind: type[Sae], folder: Path, kill_at: int | None = None) -> dict[str, Tensor]:
     data = ActivationDataModule(
         lambda _: store_of(activations(), folder / "store"), batch_size=32, seed=0, n_steps=N_STEPS
     )
-    module = module_of(build(kind))
+    module = SaeModule({"": member_of(build(kind))}, n_steps=N_STEPS)
     callbacks = [] if kill_at is None else [KillAt(kill_at)]
     fit(build_trainer(settings(), folder, callbacks=callbacks), module, data, folder)
     return module.state_dict()
@@ -60,7 +58,7 @@ def test_every_architecture_learns(kind: type[Sae], tmp_path: Path):
     rows, sae = activations(), build(kind)
     sae.initialise_from(rows)
     before = (rows - sae(rows).recon).square().sum()
-    sae.load_state_dict({k.removeprefix("sae."): v for k, v in state.items() if "sae." in k})
+    sae.load_state_dict({k[len(OF_SAE) :]: v for k, v in state.items() if OF_SAE in k})
     assert (rows - sae(rows).recon).square().sum() < 0.8 * before
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(24))
     if kind is BatchTopKSae:
@@ -81,11 +79,10 @@ def step_of_rank(rank: int, folder: str) -> None:
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
     )
-    module = module_of(build(BatchTopKSae))
-    module._trainer = SimpleNamespace(world_size=2)  # type: ignore[assignment]
+    member = member_of(build(BatchTopKSae))
     for rows in activations().chunk(4):
-        module._update_statistics(module.sae(rows.chunk(2)[rank]))
-    torch.save(module.sae.threshold, Path(folder) / f"{rank}.pt")
+        member.take_in(member.sae(rows.chunk(2)[rank]), world_size=2)
+    torch.save(member.sae.threshold, Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()
 
 

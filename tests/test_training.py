@@ -18,12 +18,14 @@ from clipattr.training.checkpoints import AtomicCheckpointIO, newest_valid
 from clipattr.training.clip_module import ClipModule
 from clipattr.training.optim import warmup_cosine, warmup_hold_decay
 from clipattr.training.probe_module import ProbeModule
+from clipattr.training.sae_member import SaeMember
 from clipattr.training.sae_module import SaeModule
 from clipattr.training.trainer import build_trainer, fit
 from tests.stores import store_of
 from tests.tiny import save_tiny_clip
 
 N_STEPS = 24
+OF_SAE = "members.0.sae."
 
 
 class KilledError(Exception):
@@ -56,9 +58,8 @@ def sae_run(folder, *, seed=0, kill_at=None) -> dict[str, torch.Tensor]:
         n_steps=N_STEPS,
     )
     sae = TopKSae(d_model=8, n_latents=24, k=3, generator=torch.Generator().manual_seed(1))
-    module = SaeModule(
-        sae, lr=1e-2, warmup=3, n_steps=N_STEPS, k_aux=4, aux_coefficient=0.1, dead_after=64
-    )
+    member = SaeMember(sae, lr=1e-2, warmup=3, k_aux=4, aux_coefficient=0.1, dead_after=64)
+    module = SaeModule({"": member}, n_steps=N_STEPS)
     callbacks = [] if kill_at is None else [KillAt(kill_at)]
     trainer = build_trainer(settings(), folder, callbacks=callbacks)
     fit(trainer, module, data, folder)
@@ -87,7 +88,7 @@ def test_checkpoint_holds_unit_decoder_rows_and_the_position(tmp_path):
     sae_run(tmp_path)
     path = newest_valid(tmp_path / "checkpoints")
     checkpoint = torch.load(path, weights_only=True)
-    norms = checkpoint["state_dict"]["sae.W_dec"].norm(dim=1)
+    norms = checkpoint["state_dict"]["members.0.sae.W_dec"].norm(dim=1)
     torch.testing.assert_close(norms, torch.ones(24), atol=1e-6, rtol=0)
     assert checkpoint["ActivationDataModule"]["t"] == checkpoint["global_step"] == 20
 
@@ -96,17 +97,17 @@ def test_sae_starts_from_the_data_and_learns(tmp_path):
     state = sae_run(tmp_path)
     rows = activations()
     spread = ((rows - rows.mean(0)).square().sum(1).mean() / 8).sqrt()
-    torch.testing.assert_close(state["sae.input_scale"], spread)
+    torch.testing.assert_close(state["members.0.sae.input_scale"], spread)
     sae = TopKSae(d_model=8, n_latents=24, k=3, generator=torch.Generator().manual_seed(1))
     sae.initialise_from(rows)
     before = (rows - sae(rows).recon).square().sum()
-    sae.load_state_dict({k.removeprefix("sae."): v for k, v in state.items() if "sae." in k})
+    sae.load_state_dict({k[len(OF_SAE) :]: v for k, v in state.items() if OF_SAE in k})
     assert (rows - sae(rows).recon).square().sum() < 0.7 * before
 
 
 def test_history_counts_rows_in_training(tmp_path):
     state = sae_run(tmp_path)
-    since = state["history.rows_since_fired"]
+    since = state["members.0.history.rows_since_fired"]
     assert since.dtype == torch.int64
     assert ((since >= 0) & (since <= 32 * N_STEPS)).all()
     assert (since == 0).any()

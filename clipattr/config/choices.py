@@ -24,6 +24,50 @@ class Stream(Enum):
     embedding = "embedding"
 
 
+class Architecture(Enum):
+    """What makes the codes of a sparse autoencoder sparse."""
+
+    topk = "topk"
+    batch_topk = "batch_topk"
+    relu = "relu"
+    jump_relu = "jump_relu"
+    gated = "gated"
+    matryoshka = "matryoshka"
+    nested_topk = "nested_topk"
+
+
+class Normalisation(Enum):
+    """What is done to an activation before the encoder sees it; in `sae/normalisation.py`."""
+
+    none = "none"
+    centre = "centre"
+    norm = "norm"
+    layer_norm = "layer_norm"
+    standardise = "standardise"
+    scale = "scale"
+
+
+class Bias(Enum):
+    """What the decoder's bias starts from."""
+
+    mean = "mean"
+    geometric_median = "geometric_median"
+
+
+class L0(Enum):
+    """What stands for the number of active latents in the loss of a JumpReLU SAE."""
+
+    step = "step"
+    tanh = "tanh"
+
+
+class LevelWeights(Enum):
+    """What the levels of a nested TopK SAE count in the loss."""
+
+    uniform = "uniform"
+    reverse = "reverse"
+
+
 class Decode(Enum):
     """How pictures become pixels."""
 

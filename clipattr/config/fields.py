@@ -67,7 +67,9 @@ def describe(annotation: Any) -> str:
             f"a list of {inner.replace('section', 'sections', 1) if is_dataclass(item) else inner}"
         )
     if get_origin(annotation) in (Union, UnionType):
-        return " or ".join(describe(option) for option in get_args(annotation))
+        options = get_args(annotation)
+        words = [describe(option) for option in options if get_origin(option) is not list]
+        return " or ".join(words) + (", or a list" if len(words) < len(options) else "")
     words = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
     words[NoneType] = "null"
     return words[annotation]

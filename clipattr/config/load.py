@@ -44,7 +44,7 @@ def load_config(arguments: list[str], jobs: dict[str, type[JobConfig]]) -> JobCo
     layers += [(layer, COMMAND_LINE) for layer in _read_overrides(job, overrides)]
     for layer, where in layers:
         _check_section(job, layer, where, prefix="")
-        merged = OmegaConf.merge(merged, layer)
+        merged = OmegaConf.merge(merged, _convert(job, layer))
     missing = sorted(OmegaConf.missing_keys(merged))
     if missing:
         raise ConfigError(
@@ -194,22 +194,53 @@ def _check_value(annotation: Any, value: Any, where: str, name: str) -> None:
                 f"{name}={format_value(value)} {where}: must be {describe(annotation)}"
             )
         _check_section(annotation, value, where, f"{name}.")
-    elif get_origin(annotation) is list and isinstance(value, list):
+    elif isinstance(value, list) and (lists := _list_options(annotation)):
         for position, item in enumerate(value):
-            _check_value(get_args(annotation)[0], item, where, f"{name}[{position}]")
+            _check_value(get_args(lists[0])[0], item, where, f"{name}[{position}]")
     elif isinstance(value, str) and "${" in value:
         raise ConfigError(f"{name}={value!r} {where}: must be a value{_NO_REFERENCES}")
     elif value != MISSING and not _is_allowed(annotation, value):
-        hint = suggest(str(value), getattr(annotation, "__members__", []))
+        words = [word for one in _options(annotation) for word in getattr(one, "__members__", [])]
+        hint = suggest(str(value), words)
         quote = "; put it in quotes" if annotation is str and not isinstance(value, list) else ""
         raise ConfigError(
             f"{name}={format_value(value)} {where}: must be {describe(annotation)}{quote}.{hint}"
         )
 
 
+def _options(annotation: Any) -> tuple[Any, ...]:
+    is_union = get_origin(annotation) in (Union, UnionType)
+    return get_args(annotation) if is_union else (annotation,)
+
+
+def _list_options(annotation: Any) -> list[Any]:
+    return [option for option in _options(annotation) if get_origin(option) is list]
+
+
+def _convert(section: Any, values: dict) -> dict:
+    """Words as choices, and 1 as 1.0: OmegaConf does not, where a value or a list is allowed."""
+    hints = get_type_hints(section)
+    return {key: _convert_value(hints[key], value) for key, value in values.items()}
+
+
+def _convert_value(annotation: Any, value: Any) -> Any:
+    if isinstance(value, dict):
+        return _convert(annotation, value) if is_dataclass(annotation) else value
+    if isinstance(value, list):
+        item = get_args(_list_options(annotation)[0])[0]
+        return [_convert_value(item, one) for one in value]
+    for option in _options(annotation):
+        if isinstance(option, EnumType) and value in option.__members__:
+            return option[value]
+        if option is float and type(value) is int:
+            return float(value)
+    return value
+
+
 def _is_allowed(annotation: Any, value: Any) -> bool:
-    if get_origin(annotation) in (Union, UnionType):
-        return any(_is_allowed(option, value) for option in get_args(annotation))
+    options = _options(annotation)
+    if len(options) > 1:
+        return any(_is_allowed(option, value) for option in options)
     if isinstance(annotation, EnumType):
         return isinstance(value, str) and value in annotation.__members__
     if annotation is float:

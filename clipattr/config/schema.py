@@ -2,7 +2,8 @@
 
 One dataclass per section, one docstring line per field (`--help` prints them). A YAML file opens
 with `job: <name>`, which selects the class in `JOBS`; it holds what differs from the defaults.
-`inputs.py` has the model, the site and the data, `evaluation.py` what an evaluation computes.
+`inputs.py` has the model, the site and the data, `sae.py` the dictionaries, `evaluation.py` what an
+evaluation computes.
 """
 
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from clipattr.config.inputs import (
     TrainingImagesConfig,
 )
 from clipattr.config.limits import check_divides, check_label, check_not_negative, check_positive
+from clipattr.config.sae import SaeConfig
 from clipattr.errors import ConfigError
 
 
@@ -179,40 +181,6 @@ class ClipConfig:
 
 
 @dataclass
-class SaeConfig:
-    """TopK sparse autoencoder with AuxK."""
-
-    n_latents: int = 512
-    """size of the dictionary"""
-    k: int = 16
-    """active latents per row"""
-    k_aux: int | None = None
-    """dead latents that model the residual; half the width of the site when not set"""
-    aux_coefficient: float = 1 / 32
-    """weight of the auxiliary loss"""
-    dead_after: int = 20000
-    """rows without firing after which a latent counts as dead"""
-    lr: float = 1e-3
-    """peak learning rate of Adam, linear decay over the last fifth"""
-    warmup: int = 100
-    """steps of linear warm-up"""
-    batch_size: int = 1024
-    """rows per step, over all devices"""
-
-    def check(self) -> None:
-        """Raise ConfigError when a value cannot work."""
-        check_positive(self, "sae", "n_latents", "k", "lr", "batch_size", "dead_after")
-        check_not_negative(self, "sae", "aux_coefficient", "warmup")
-        if self.k_aux is not None:
-            check_positive(self, "sae", "k_aux")
-        if self.k > self.n_latents:
-            raise ConfigError(
-                f"sae.k={self.k} is larger than sae.n_latents={self.n_latents}: "
-                "k active latents are chosen out of n_latents"
-            )
-
-
-@dataclass
 class ProbeConfig:
     """Linear probe on the normalised image embedding."""
 
@@ -252,7 +220,7 @@ class TrainClip(JobConfig):
 
 @dataclass
 class TrainSae(JobConfig):
-    """train_sae: train a sparse autoencoder on activations of a frozen CLIP."""
+    """train_sae: train sparse autoencoders, one or a grid, on activations of a frozen CLIP."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     site: SiteConfig = field(default_factory=SiteConfig)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from math import gcd, lcm
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -12,6 +13,8 @@ from clipattr.errors import ConfigError
 from clipattr.training.streams import Place, StreamDataModule
 
 LANES = 32
+# Images that a message about a batch names.
+NAMED = 8
 
 
 def widen(*columns: Tensor) -> Batch:
@@ -69,6 +72,25 @@ class ActivationDataModule(StreamDataModule):
         rows = self.store.column("x").empty(min(n_rows, self.store.n_rows))
         self.store.read_run("x", 0, rows)
         return rows.float()
+
+    def describe_batch(self, t: int) -> str:
+        """Of which images its rows are, over all devices, or the broken ones of them."""
+        store, stream = self.store, self.stream
+        assert store is not None, "after setup"
+        assert isinstance(stream, ActivationStream), "after train_dataloader"
+        rows = torch.from_numpy(stream.order.rows_of_batch(t, range(stream.order.lanes)))
+        broken = rows[~store.read(rows).isfinite().all(dim=1)]
+        chosen = broken if len(broken) else rows
+        images = sorted(set(store.read(chosen, "images").tolist()))
+        names = ", ".join(store.keys[image] for image in images[:NAMED])
+        names += f" and {len(images) - NAMED} more" if len(images) > NAMED else ""
+        if len(broken):
+            # Such rows are not written.
+            return (
+                f"{len(broken)} of its {len(rows)} rows hold nan or infinity: {store.folder} is "
+                f"damaged, delete it to have it written again; rows of {names}"
+            )
+        return f"its {len(rows)} rows are finite: of {names}; a lower learning rate may help"
 
     def open_stream(self, place: Place) -> ActivationStream:
         """The rows of this process."""

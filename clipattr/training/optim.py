@@ -37,9 +37,12 @@ def decay_groups(
 
 
 def with_schedule(
-    optimizer: torch.optim.Optimizer, factor: Callable[[int], float]
+    optimizer: torch.optim.Optimizer, factor: Callable[[int], float] | list[Callable[[int], float]]
 ) -> OptimizerLRSchedulerConfig:
-    """What configure_optimizers returns: the schedule moves with every optimiser step."""
+    """What configure_optimizers returns: the schedule moves with every optimiser step.
+
+    `factor` is one for all parameter groups, or one for each.
+    """
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return OptimizerLRSchedulerConfig(
         optimizer=optimizer, lr_scheduler={"scheduler": schedule, "interval": "step"}

@@ -1,97 +1,144 @@
-"""Train one SAE on rows of activations."""
+"""Train one SAE, or a grid of them side by side, on rows of activations."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
 
 import lightning as L
 import torch
 from jaxtyping import Float
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
-from clipattr.codes import SparseCodes
-from clipattr.sae.constraints import normalise_decoder_, remove_parallel_gradient_
-from clipattr.sae.dead import FiringHistory
-from clipattr.sae.losses import sae_loss
-from clipattr.sae.sae import Sae, SaeOutput
+from clipattr.errors import DataError
 from clipattr.training.activations import ActivationDataModule
 from clipattr.training.optim import warmup_hold_decay, with_schedule
+from clipattr.training.sae_member import SaeMember, SaeStep, zero_of
+
+logger = logging.getLogger(__name__)
 
 INIT_ROWS = 8192
 
 
 class SaeModule(L.LightningModule):
-    """The loss of the architecture plus AuxK; the decoder's rows stay on the unit sphere."""
+    """SAEs that share nothing but the rows: each ends with the bits that it has when trained alone.
 
-    def __init__(
-        self,
-        sae: Sae,
-        *,
-        lr: float,
-        warmup: int,
-        n_steps: int,
-        k_aux: int,
-        aux_coefficient: float,
-        dead_after: int,
-    ) -> None:
+    What is minimised is the sum of their losses, in which no parameter is in two of them. One whose
+    loss or gradient is not finite is stopped before it takes that step, and the others go on; when
+    none is left, training ends with a DataError.
+    """
+
+    def __init__(self, members: Mapping[str, SaeMember], *, n_steps: int) -> None:
+        """`members` by name; one alone may have the name ''."""
         super().__init__()
-        self.sae = sae
-        self.history = FiringHistory(sae.n_latents)
-        self.lr = lr
-        self.warmup = warmup
+        self.by_name = dict(members)
+        self.members = nn.ModuleList(members.values())
         self.n_steps = n_steps
-        self.k_aux = k_aux
-        self.aux_coefficient = aux_coefficient
-        self.dead_after = dead_after
+        self.failures: dict[str, str] = {}
+
+    @property
+    def running(self) -> dict[str, SaeMember]:
+        """Those that have not failed."""
+        return {name: one for name, one in self.by_name.items() if name not in self.failures}
+
+    @property
+    def data(self) -> ActivationDataModule:
+        """Where the rows come from."""
+        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
+        assert isinstance(data, ActivationDataModule)
+        return data
 
     def setup(self, stage: str) -> None:
         """Mean and scale from the first rows; DDP wraps and checkpoints are restored later."""
-        data = self.trainer.datamodule  # pyright: ignore[reportAttributeAccessIssue]
-        assert isinstance(data, ActivationDataModule)
-        self.sae.initialise_from(data.first_rows(INIT_ROWS))
+        rows = self.data.first_rows(INIT_ROWS)
+        for member in self.by_name.values():
+            member.initialise_from(rows)
 
     def training_step(
         self, batch: tuple[Float[Tensor, "batch model"]], batch_idx: int
     ) -> Float[Tensor, ""]:
-        """One step on raw activations."""
+        """One step of all that are running, on raw activations."""
         (x,) = batch
-        output = self.sae(x)
-        is_dead = self.history.is_dead(self.dead_after)
-        loss = sae_loss(
-            self.sae,
-            x,
-            output,
-            is_dead=is_dead,
-            k_aux=self.k_aux,
-            aux_coefficient=self.aux_coefficient,
-        )
-        self._count_firings(output.codes, len(x))
-        self._update_statistics(output)
-        self.log("train/fvu", loss.reconstruction.detach(), prog_bar=True)
-        self.log("train/aux", loss.auxiliary.detach())
-        self.log("train/dead", is_dead.double().mean(), prog_bar=True)
-        return loss.total
+        steps = {name: member(x) for name, member in self.running.items()}
+        is_finite = self._agree([step.loss.total for step in steps.values()])
+        self._stop([name for name, fine in zip(steps, is_finite, strict=True) if not fine], "loss")
+        for name, member in self.running.items():
+            member.take_in(steps[name].output, self.trainer.world_size)
+            self._log_step(name, steps[name])
+        for name in self.failures:
+            self.log(f"{name}/fvu", torch.nan)  # or a logger repeats the last number
+        total = torch.stack([steps[name].loss.total for name in self.running]).sum()
+        if self.failures and self.trainer.world_size > 1:
+            # DDP waits for a gradient of every parameter that it has seen at the beginning.
+            total = total + zero_of(self.by_name[name] for name in self.failures)
+        return total
 
-    def _count_firings(self, codes: SparseCodes, n_rows: int) -> None:
-        """Rows are those of all ranks, and a latent that fired on one of them has fired."""
-        self.history.update(codes, n_rows * self.trainer.world_size)
+    def _log_step(self, name: str, step: SaeStep) -> None:
+        prefix, is_alone = name or "train", len(self.by_name) == 1
+        self.log(f"{prefix}/fvu", step.loss.reconstruction.detach(), prog_bar=is_alone)
+        self.log(f"{prefix}/aux", step.loss.auxiliary.detach())
+        self.log(f"{prefix}/dead", step.is_dead.double().mean(), prog_bar=is_alone)
+
+    def _agree(self, losses: list[Tensor]) -> list[bool]:
+        """Which of them are finite on all ranks."""
+        is_finite = torch.stack([loss.detach().isfinite() for loss in losses]).int()
         if self.trainer.world_size > 1:
-            distributed.all_reduce(self.history.rows_since_fired, distributed.ReduceOp.MIN)
+            distributed.all_reduce(is_finite, distributed.ReduceOp.MIN)
+        return is_finite.bool().tolist()
 
-    def _update_statistics(self, output: SaeOutput) -> None:
-        """All ranks start from the same, so the mean of theirs has taken in all their batches."""
-        for statistic in self.sae.update_statistics(output):
-            if self.trainer.world_size > 1:
-                distributed.all_reduce(statistic)
-                statistic.div_(self.trainer.world_size)
+    def _stop(self, names: list[str], what: str) -> None:
+        if not names:
+            return
+        step = self.trainer.global_step
+        where = f"the {what} is not finite at step {step}; {self.data.describe_batch(step)}"
+        self.failures |= dict.fromkeys(names, where)
+        if not self.running:
+            raise DataError(where)
+        logger.error("stopped %s: %s", " and ".join(names), where)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Before clipping, so that the clipped norm is that of the gradient which is used."""
-        remove_parallel_gradient_(self.sae.W_dec)
+        """What was stopped has no gradient; DDP has given it one."""
+        for name, member in self.by_name.items():
+            if name in self.failures:
+                member.drop_gradient()
+            else:
+                member.remove_parallel_gradient()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Of each by itself: one with a large gradient must not make the steps of others small."""
+        failed = [
+            name
+            for name, member in self.running.items()
+            if not member.clip_gradient(gradient_clip_val)
+        ]
+        for name in failed:
+            self.by_name[name].drop_gradient()
+        self._stop(failed, "gradient")
 
     def optimizer_step(self, *arguments: object, **keywords: object) -> None:
         """Renormalise here: checkpoints are written before on_train_batch_end of the module."""
         super().optimizer_step(*arguments, **keywords)  # pyright: ignore[reportArgumentType]
-        normalise_decoder_(self.sae.W_dec)
+        for member in self.running.values():
+            member.normalise_decoder()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Adam without weight decay."""
-        optimizer = torch.optim.Adam(self.sae.parameters(), lr=self.lr, fused=True)
-        return with_schedule(optimizer, warmup_hold_decay(self.warmup, self.n_steps))
+        """Adam without weight decay, with a rate and a schedule for each."""
+        members = self.by_name.values()
+        groups = [{"params": list(one.sae.parameters()), "lr": one.lr} for one in members]
+        optimizer = torch.optim.Adam(groups, fused=True)
+        return with_schedule(
+            optimizer, [warmup_hold_decay(m.warmup, self.n_steps) for m in members]
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A resumed run does not wake what was stopped."""
+        checkpoint["failures"] = dict(self.failures)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As it was saved."""
+        self.failures = dict(checkpoint["failures"])

@@ -1,0 +1,174 @@
+"""Settings of the dictionaries that one run trains: each may be a list, and the grid is trained."""
+
+import itertools
+import math
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from clipattr.config.choices import L0, Architecture, Bias, LevelWeights, Normalisation
+from clipattr.config.fields import format_value
+from clipattr.config.limits import check_not_negative, check_positive
+from clipattr.errors import ConfigError
+
+if TYPE_CHECKING:
+    Value = TypeVar("Value")
+    # What a member of the grid has; nothing but `members` reads a list.
+    Many = Annotated[Value, "or a list"]
+else:
+
+    class Many:
+        """A value, or a list of values: one SAE for each."""
+
+        def __class_getitem__(cls, value: Any) -> Any:
+            return value | list[value]
+
+
+# Settings that some architectures need and the others do not have.
+NEEDS = {
+    Architecture.topk: {"k"},
+    Architecture.batch_topk: {"k"},
+    Architecture.relu: {"sparsity"},
+    Architecture.jump_relu: {"sparsity", "bandwidth", "l0"},
+    Architecture.gated: {"sparsity"},
+    Architecture.matryoshka: {"k", "fractions", "over_batch"},
+    Architecture.nested_topk: {"ks", "level_weights"},
+}
+_OF_SOME = set().union(*NEEDS.values())
+_SINGLE_LISTS = {"fractions", "ks"}
+
+
+@dataclass
+class SaeConfig:
+    """Sparse autoencoder with AuxK; a list as value trains one for each, side by side."""
+
+    architecture: Many[Architecture] = Architecture.topk
+    """what makes codes sparse; a transcoder, which reads two sites, is for Python alone"""
+    n_latents: Many[int] = 512
+    """size of the dictionary"""
+    k: Many[int] = 16
+    """active latents per row (topk), on average over a batch (batch_topk, matryoshka)"""
+    ks: list[int] = field(default_factory=lambda: [8, 16, 32])
+    """active latents per row of each level, ascending (nested_topk)"""
+    level_weights: Many[LevelWeights] = LevelWeights.uniform
+    """what levels count in the loss: all the same, or the sparser the more (nested_topk)"""
+    fractions: list[float] = field(default_factory=lambda: [0.0625, 0.125, 0.25, 0.5625])
+    """shares of the groups of the dictionary, which add up to 1 (matryoshka)"""
+    over_batch: Many[bool] = True
+    """choose k per row on average over the batch, and not in each row (matryoshka)"""
+    sparsity: Many[float | None] = None
+    """weight beside the relative error of the L1 (relu, gated: 0.2) or the L0 (jump_relu: 0.003)"""
+    bandwidth: Many[float] = 0.03
+    """width in which thresholds get a gradient, in units of the input's scale (jump_relu)"""
+    l0: Many[L0] = L0.step
+    """what stands for the L0: a step, or tanh, which pushes activations as well (jump_relu)"""
+    normalisation: Many[Normalisation] = Normalisation.scale
+    """what is done to an activation before the encoder; codes stay in units of the activation"""
+    bias: Many[Bias] = Bias.mean
+    """where the decoder's bias starts; the geometric median ignores rows of enormous norm"""
+    from_data: Many[bool] = False
+    """latents start at rows of the data, and not at random"""
+    k_aux: Many[int | None] = None
+    """dead latents that model the residual; half the width of the site when not set"""
+    aux_coefficient: Many[float] = 1 / 32
+    """weight of the auxiliary loss"""
+    dead_after: Many[int] = 20000
+    """rows without firing after which a latent counts as dead"""
+    lr: Many[float] = 1e-3
+    """peak learning rate of Adam, linear decay over the last fifth"""
+    warmup: Many[int] = 100
+    """steps of linear warm-up"""
+    batch_size: int = 1024
+    """rows per step, over all devices"""
+
+    def members(self) -> dict[str, "SaeConfig"]:
+        """Every SAE of the grid by its name, such as 'k=8,lr=0.001'; '' when there is one.
+
+        A setting that an architecture does not have is left out, so that none is trained twice.
+        """
+        lists = self._lists()
+        found: dict[str, SaeConfig] = {}
+        for values in itertools.product(*lists.values()):
+            member = replace(self, **dict(zip(lists, values, strict=True)))
+            foreign = _OF_SOME - NEEDS[member.architecture]
+            words = [
+                f"{name}={format_value(value)}"
+                for name, value in zip(lists, values, strict=True)
+                if len(lists[name]) > 1 and name not in foreign
+            ]
+            found.setdefault(",".join(words), member)
+        return found
+
+    def check(self) -> None:
+        """Raise ConfigError when a value cannot work."""
+        check_positive(self, "sae", "batch_size")
+        for name, values in self._lists().items():
+            if not values or any(values.count(value) > 1 for value in values):
+                raise ConfigError(
+                    f"sae.{name}={format_value(values)}: name at least one value, each once"
+                )
+        self._check_needed()
+        for member in self.members().values():
+            member._check_one()
+
+    def _lists(self) -> dict[str, list[Any]]:
+        entries = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return {
+            name: value
+            for name, value in entries.items()
+            if isinstance(value, list) and name not in _SINGLE_LISTS
+        }
+
+    def _check_needed(self) -> None:
+        """What was set must be read: a foreign setting is a mistake."""
+        chosen = self._lists().get("architecture", [self.architecture])
+        read = set().union(*(NEEDS[one] for one in chosen))
+        default = SaeConfig()
+        for name in sorted(_OF_SOME - read):
+            value = getattr(self, name)
+            if value != getattr(default, name):
+                owners = ", ".join(one.name for one, needs in NEEDS.items() if name in needs)
+                raise ConfigError(
+                    f"sae.{name}={format_value(value)} is a setting of {owners}, and not of "
+                    f"sae.architecture={', '.join(one.name for one in chosen)}: leave it out"
+                )
+
+    def _check_one(self) -> None:
+        check_positive(self, "sae", "n_latents", "lr", "dead_after")
+        check_not_negative(self, "sae", "aux_coefficient", "warmup")
+        if self.k_aux is not None:
+            check_positive(self, "sae", "k_aux")
+        needs = NEEDS[self.architecture]
+        if "k" in needs:
+            check_positive(self, "sae", "k")
+            self._check_fits("k", self.k)
+        if "sparsity" in needs and self.sparsity is not None:
+            check_not_negative(self, "sae", "sparsity")
+        if "bandwidth" in needs:
+            check_positive(self, "sae", "bandwidth")
+        if "ks" in needs:
+            self._check_levels()
+        if "fractions" in needs:
+            self._check_groups()
+
+    def _check_fits(self, name: str, k: int) -> None:
+        if k > self.n_latents:
+            raise ConfigError(
+                f"sae.{name}={k} is larger than sae.n_latents={self.n_latents}: "
+                "k active latents are chosen out of n_latents"
+            )
+
+    def _check_levels(self) -> None:
+        if not self.ks or self.ks[0] < 1 or self.ks != sorted(set(self.ks)):
+            raise ConfigError(
+                f"sae.ks={self.ks}: positive numbers are needed, in ascending order, each once"
+            )
+        self._check_fits("ks", self.ks[-1])
+
+    def _check_groups(self) -> None:
+        ends = [round(share * self.n_latents) for share in itertools.accumulate(self.fractions)]
+        sizes = [end - start for start, end in itertools.pairwise([0, *ends])]
+        if not sizes or min(sizes) < 1 or not math.isclose(sum(self.fractions), 1):
+            raise ConfigError(
+                f"sae.fractions={self.fractions} of sae.n_latents={self.n_latents}: groups of "
+                f"{sizes} latents; fractions must add up to 1 and leave no group empty"
+            )
