@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-data soak towers clean
+.PHONY: help demo test check bench bench-data bench-sae soak towers clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1|/p' Makefile | awk -F'|' '{ printf "%-17s %s\n", $$1, $$2 }'
@@ -36,6 +36,10 @@ bench-data: $(VENV)/.installed  ## activation rows, images and caching, beside t
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/images.py
 	$(BIN)/python benchmarks/caching.py
+
+bench-sae: $(VENV)/.installed  ## SAE steps and what they learn, beside the peers that are installed
+	$(BIN)/python benchmarks/sae.py
+	$(BIN)/python benchmarks/sae.py --quality
 
 soak: $(VENV)/.installed  ## 10 million rows on two processes that are killed every few seconds
 	$(BIN)/python benchmarks/soak.py

@@ -42,7 +42,7 @@ def run_script(script: str, jobs: dict[str, type[JobConfig]], arguments: list[st
         run(config, command=[script, *arguments])
     except (ConfigError, DataError, CheckpointError) as error:
         kind = type(error).__name__.removesuffix("Error").lower()
-        sys.stderr.write(f"{kind} error: {error}\n")
+        sys.stderr.write(f"{kind} error: {_message(error)}\n")
         return USER_ERROR
     except Stopped as error:
         sys.stderr.write(f"{error}\n")
@@ -54,6 +54,14 @@ def run_script(script: str, jobs: dict[str, type[JobConfig]], arguments: list[st
         sys.stderr.write("\ninterrupted: the same command starts it again\n")
         return INTERRUPTED
     return 0
+
+
+def _message(error: Exception) -> str:
+    """What it says; torch puts a traceback around an error of a decoding process."""
+    text = str(error)
+    if "Original Traceback" not in text:
+        return text
+    return text.rstrip().rpartition(f"{type(error).__name__}: ")[2]
 
 
 def _format_help(script: str, jobs: dict[str, type[JobConfig]], arguments: list[str]) -> str:

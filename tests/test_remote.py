@@ -11,13 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torchvision.transforms import ToTensor
 
 from clipattr.data import remote, transfer, web
+from clipattr.data.images import image_loader
 from clipattr.data.index import build_index
+from clipattr.data.pixels import Pixels
 from clipattr.data.shards import find_shards, size_of, version_of
 from clipattr.data.transfer import RemoteFile, TransferError
 from clipattr.errors import ConfigError, DataError
 from clipattr.jobs.start import describe_shards
+from clipattr.main import _message
 from clipattr.tools import run_index
 from tests.remote_server import Served, contents, copies, only_remote, serve, write_local
 from tests.tars import sample, write_shard
@@ -184,6 +188,11 @@ def test_server_that_ignores_ranges(urls: str, served: Served, tmp_path: Path):
     served.has_ranges = False
     with pytest.raises(DataError, match=f"{served.url}/a/0.tar would be read in parts.* Range"):
         find_shards(urls)
+    assert [name for name, *_ in describe_shards(urls, "data.shards")] == [
+        "0.tar",
+        "1.tar",
+        "2.tar",
+    ]
     with pytest.raises(TransferError, match="ignores the header Range"):
         only_remote(shards)[0].read(0, 10)
     copied = find_shards(urls, cache=tmp_path)
@@ -318,3 +327,18 @@ def test_clipattr_index_reads_urls(
     assert len(served.requests) == 3
     assert run_index([urls, "--checksums"]) == 2
     assert f"{served.url}/a/0.tar: checksums stand beside" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_outage_stops_the_run_and_leaves_no_hole(urls: str, served: Served, workers: int):
+    """A healthy image would be left out of a cache for ever."""
+    index = build_index(find_shards(urls), cache=None)
+    path = next(iter(served.files))
+    served.failures[path] = [503] * 1000
+    loader = image_loader(index, Pixels(ToTensor()), batch_size=2, workers=workers)
+    with pytest.raises(TransferError, match="HTTP 503") as raised:
+        list(loader)
+    message = _message(raised.value)
+    assert message.startswith(served.url)
+    assert "Traceback" not in message

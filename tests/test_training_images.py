@@ -42,7 +42,9 @@ def png_of(number: int) -> bytes:
     return buffer.getvalue()
 
 
-def write_images(folder: Path, *, broken: str | None = None) -> Path:
+def write_images(
+    folder: Path, *, broken: str | None = None, without_caption: str | None = None
+) -> Path:
     """Two shards; what a caption says is in the vocabulary of the tiny model."""
     rows = [
         {"__key__": f"{n:06d}", "png": png_of(n), "txt": b"a red star" if n % 2 else b"a star"}
@@ -51,6 +53,8 @@ def write_images(folder: Path, *, broken: str | None = None) -> Path:
     for row in rows:
         if row["__key__"] == broken:
             row["png"] = b"no picture"
+        if row["__key__"] == without_caption:
+            del row["txt"]
     folder.mkdir(parents=True)
     write_shard(folder / "000000.tar", rows[:13])
     write_shard(folder / "000001.tar", rows[13:])
@@ -184,6 +188,25 @@ def test_the_job_trains_in_both_modes(tmp_path, mode):
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["train"] == {"steps": 12, "n_images": 22 if mode == "indexed" else None}
     assert not (run / "bad_samples.jsonl").exists()
+
+
+@pytest.mark.parametrize("mode", ["indexed", "streaming"])
+def test_samples_that_lack_a_field_are_listed_with_the_others(tmp_path, mode):
+    shards = write_images(tmp_path / "shards", broken=BROKEN, without_caption="000003")
+    options = [str(write_config(tmp_path, shards)), f"data.mode={mode}", "data.workers=0"]
+    assert run_script("train.py", TRAIN_JOBS, [*options, "data.max_bad_fraction=0.1"]) == 0
+    lines = (tmp_path / "runs" / "clip" / "bad_samples.jsonl").read_text().splitlines()
+    reasons = {json.loads(line)["key"]: json.loads(line)["reason"] for line in lines}
+    assert sorted(reasons) == ["000003", BROKEN]
+    assert "txt" in reasons["000003"]
+
+
+def test_broken_samples_of_both_kinds_are_limited_together(tmp_path, capsys):
+    """Each alone is below the limit of 1.1 samples."""
+    shards = write_images(tmp_path / "shards", broken=BROKEN, without_caption="000003")
+    options = [str(write_config(tmp_path, shards)), "data.workers=0", "data.max_bad_fraction=0.05"]
+    assert run_script("train.py", TRAIN_JOBS, options) == 2
+    assert "2 of 22 samples cannot be used" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1])

@@ -280,6 +280,20 @@ def test_broken_samples_are_left_out(job: Job, caplog):
     assert "3 broken samples were left out" in caplog.text
 
 
+def test_broken_samples_of_both_kinds_are_limited_together(job: Job, capsys):
+    """One lacks its label and one its image: each alone is below the limit."""
+
+    def fields(number: int) -> dict[str, bytes]:
+        label = {} if number == 1 else {"cls": b"0"}
+        return label | ({"png": b"no picture"} if number == 5 else {})
+
+    options = (f"data.shards={write_shards(job.folder / 'two kinds', fields)}", "name=two")
+    assert job.run(*options, "data.max_bad_fraction=0.03") == 2
+    message = capsys.readouterr().err
+    assert "2 of 40 samples cannot be used" in message
+    assert job.run(*options, "data.max_bad_fraction=0.05") == 0
+
+
 @pytest.mark.parametrize(
     ("overrides", "kind", "parts"),
     [

@@ -19,6 +19,7 @@ from clipattr.data.index import ShardIndex
 from clipattr.data.lanes import LaneOrder
 from clipattr.data.order import position_of, rows_of_step
 from clipattr.data.shards import BadSample, Sample
+from clipattr.data.transfer import TransferError
 from clipattr.errors import ConfigError, DataError
 
 FieldFunction = Callable[[Mapping[str, bytes]], Tensor]
@@ -234,6 +235,8 @@ class _Batches(Dataset[ImageBatch]):
         for name, function in self.fields.items():
             try:
                 fields[name] = function(contents)
+            except TransferError:
+                raise
             except (ValueError, OSError) as error:  # DataError and UnicodeDecodeError among them
                 reason = f"{name} cannot be made of its fields: {error}"
                 return BadSample(str(sample.shard), sample.key, reason)

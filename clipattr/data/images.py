@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from clipattr.data.shards import BadSample, Sample
+from clipattr.data.transfer import TransferError
 from clipattr.errors import DataError
 
 # Whatever the field is called, nothing else is opened: PIL would hand PostScript to Ghostscript.
@@ -183,6 +184,8 @@ def read_pixels(
     assert name is not None, "`select_usable` lets no sample without an image through"
     try:
         content = sample.read(name)
+    except TransferError:  # an outage must not leave holes in a cache
+        raise
     except (OSError, DataError) as error:
         return BadSample(str(sample.shard), sample.key, f"{name} cannot be read: {error}")
     try:

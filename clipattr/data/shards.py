@@ -43,7 +43,7 @@ class Sample(NamedTuple):
         try:
             return shard.read(*self.fields[name])
         except TransferError as error:
-            raise DataError(f"{shard}: {self.key}.{name}: {error}") from error
+            raise TransferError(f"{shard}: {self.key}.{name}: {error}") from error
 
     @property
     def image_field(self) -> str | None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
+from clipattr.errors import DataError
 from clipattr.redact import hide_secrets
 
 Result = TypeVar("Result")
@@ -13,8 +14,8 @@ PAUSES = (0.5, 2.0)
 PIECE = 1 << 20
 
 
-class TransferError(OSError):
-    """A remote file that cannot be read, and why; a failing disk is an OSError, too."""
+class TransferError(OSError, DataError):
+    """A remote file that cannot be read, and why: no sample is broken, so that the run stops."""
 
     def __init__(self, what: str, *_: object) -> None:
         super().__init__(errno.EIO, what)

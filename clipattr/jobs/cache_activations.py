@@ -116,7 +116,8 @@ def _read(
     n_here = torch.tensor(encode.n_images, device=fabric.device)
     n_encoded = fabric.all_reduce(n_here, reduce_op="sum")
     assert isinstance(n_encoded, Tensor), "as it was given"
-    bad = [*images.bad, *next(iter(stores.values())).bad]
+    undecodable = next(iter(stores.values())).bad
+    bad = images.add_bad(undecodable, config.data.max_bad_fraction)
     return Pass(stores, len(images.usable), bad, int(n_encoded), seconds)
 
 

@@ -26,9 +26,11 @@ def evaluate_world_zeroshot(config: EvaluateWorldZeroshot, command: list[str]) -
     if plan.is_finished():
         return
     progress = config.trainer.progress
-    index, _ = find_images(config.data.shards, config.data, ("json",), progress=progress)
+    found = find_images(config.data.shards, config.data, ("json",), progress=progress)
+    index = found.usable
     clip = load_model(config.model, config.trainer.accelerator)
     store = read_embeddings(clip, index, config.data, progress=progress)
+    bad = found.add_bad(store.bad, config.data.max_bad_fraction)
     x, images = load_features(store)
     embeddings = normalize(x.to(clip.device), dim=-1)
     factors = [read_json(index[row]) for row in images.tolist()]
@@ -36,6 +38,7 @@ def evaluate_world_zeroshot(config: EvaluateWorldZeroshot, command: list[str]) -
     for name, share in accuracy.items():
         logger.info("zero-shot %-10s %.3f  (%d images)", name, share, len(factors))
     run = plan.open()
+    run.write_bad([one._asdict() for one in bad])
     run.update_manifest(data=hash_json(store.fingerprint))
     metrics = {name: {"accuracy": share} for name, share in accuracy.items()}
     run.write_metrics({"zeroshot": metrics})

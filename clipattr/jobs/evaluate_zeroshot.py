@@ -43,14 +43,15 @@ def evaluate_zeroshot(config: EvaluateZeroshot, command: list[str]) -> None:
     # All labels before the model runs: a wrong one must not cost a forward of every image.
     needed = ("cls",) if settings.label == "cls" else ("json",)
     progress = config.trainer.progress
-    index, incomplete = find_images(data.shards, data, needed, progress=progress)
+    images = find_images(data.shards, data, needed, progress=progress)
+    index = images.usable
     labels = torch.tensor([read_label(one, settings.label, classes.names) for one in index])
     clip = load_model(config.model, config.trainer.accelerator)
     head = _class_head(clip, classes, templates, config)
     store = read_embeddings(clip, index, data, progress=progress)
+    bad = images.add_bad(store.bad, data.max_bad_fraction)
     batches = _score(head, load_features(store), labels)
     accuracy = measure_accuracy(batches, len(classes.names))
-    bad = [*incomplete, *store.bad]
     _log(accuracy, classes.names, n_skipped=len(bad))
     run = plan.open()
     run.write_bad([one._asdict() for one in bad])

@@ -54,9 +54,9 @@ def open_training_images(
         n_steps: of the training.
         progress: show a bar while the shards are indexed.
     """
-    n_images, fingerprint = None, None
+    n_images, fingerprint, bad = None, None, []
     if settings.mode is Mode.indexed:
-        index, _ = find_images(settings.shards, settings, needed, progress=progress)
+        index, bad = find_images(settings.shards, settings, needed, progress=progress)
         n_images, fingerprint = len(index), index.fingerprint
         stream = partial(ImageStream, index, window=settings.shuffle)
     else:
@@ -82,7 +82,8 @@ def open_training_images(
         data,
         folder,
         max_bad_fraction=settings.max_bad_fraction,
-        n_images=n_images,
+        n_images=None if n_images is None else n_images + len(bad),
+        known=bad,
         batch_size=settings.batch_size,
     )
     return TrainingImages(data, limit, n_images, fingerprint)

@@ -1,5 +1,6 @@
 """The shards of a config: where they are, which samples are usable, how they are decoded."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ from clipattr.config.inputs import ReadConfig
 from clipattr.data import BadSample, ShardIndex, build_index, find_shards, select_usable
 from clipattr.data.images import default_workers
 from clipattr.data.remote import Shard
+from clipattr.data.shards import check_bad
 
 GB = 10**9
 
@@ -16,6 +18,12 @@ class Images(NamedTuple):
 
     usable: ShardIndex
     bad: list[BadSample]
+
+    def add_bad(self, undecodable: Sequence[BadSample], max_bad_fraction: float) -> list[BadSample]:
+        """All that is left out; DataError when both kinds together are more than the run allows."""
+        bad = [*self.bad, *undecodable]
+        check_bad(bad, len(self.usable) + len(self.bad), max_bad_fraction)
+        return bad
 
 
 def locate_shards(spec: str, data: ReadConfig, setting: str = "data.shards") -> list[Shard]:

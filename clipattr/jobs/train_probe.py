@@ -15,7 +15,7 @@ from clipattr.data import ActivationStore, EvaluationStream, Ranks, ShardIndex
 from clipattr.data.shards import read_label
 from clipattr.data.store import hash_json
 from clipattr.jobs.model import load_model, read_embeddings
-from clipattr.jobs.shards import find_images
+from clipattr.jobs.shards import Images, find_images
 from clipattr.jobs.start import Plan, describe_model, describe_shards
 from clipattr.probes.files import ProbeRecord, save_probe
 from clipattr.probes.linear import LinearProbe
@@ -41,10 +41,8 @@ def train_probe(config: TrainProbe, command: list[str]) -> None:
     L.seed_everything(config.seed, workers=True, verbose=False)
     clip = load_model(config.model, config.trainer.accelerator)
     needed = ("cls",) if settings.label == "cls" else ("json",)
-    index, bad = find_images(
-        config.data.shards, config.data, needed, progress=config.trainer.progress
-    )
-    data = _rows(config, clip, index, _read_labels(index, settings))
+    images = find_images(config.data.shards, config.data, needed, progress=config.trainer.progress)
+    data = _rows(config, clip, images, _read_labels(images.usable, settings))
     run = plan.open()
     probe = LinearProbe(clip.d_embed, len(settings.classes))
     module = ProbeModule(
@@ -64,7 +62,7 @@ def train_probe(config: TrainProbe, command: list[str]) -> None:
             metrics=metrics,
         )
         save_probe(probe, run.path, record)
-        run.write_bad([one._asdict() for one in (*bad, *data.store.bad)])
+        run.write_bad([one._asdict() for one in (*images.bad, *data.store.bad)])
         run.update_manifest(data=fingerprint)
         run.write_metrics({"probe": metrics})
         run.finish()
@@ -84,13 +82,15 @@ def measure(probe: LinearProbe, data: ActivationDataModule) -> float:
 
 
 def _rows(
-    config: TrainProbe, clip: Clip, index: ShardIndex, labels: Int[Tensor, " image"]
+    config: TrainProbe, clip: Clip, images: Images, labels: Int[Tensor, " image"]
 ) -> ActivationDataModule:
     """Embeddings with the labels of their images."""
 
     def open_store(ranks: Ranks) -> ActivationStore:
         progress = config.trainer.progress
-        return read_embeddings(clip, index, config.data, ranks=ranks, progress=progress)
+        store = read_embeddings(clip, images.usable, config.data, ranks=ranks, progress=progress)
+        images.add_bad(store.bad, config.data.max_bad_fraction)
+        return store
 
     return ActivationDataModule(
         open_store,

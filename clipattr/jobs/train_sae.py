@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clipattr.atomic import write_bytes, write_text
 from clipattr.config.schema import TrainSae
-from clipattr.data import ActivationStore, EvaluationStream, Ranks
+from clipattr.data import ActivationStore, BadSample, EvaluationStream, Ranks
 from clipattr.data.store import hash_json
 from clipattr.jobs.model import FrozenClip, load_frozen, read_activations
 from clipattr.jobs.sae_members import build_member
@@ -48,7 +48,8 @@ def train_sae(config: TrainSae, command: list[str]) -> None:
     L.seed_everything(config.seed, workers=True, verbose=False)
     frozen = load_frozen(config.model, config.site, config.trainer.accelerator)
     run = plan.open()
-    data = _open_data(config, frozen)
+    bad: list[BadSample] = []
+    data = _open_data(config, frozen, bad)
     members = {
         name: build_member(settings, frozen.cut.d_site, config.seed)
         for name, settings in config.sae.members().items()
@@ -61,6 +62,7 @@ def train_sae(config: TrainSae, command: list[str]) -> None:
         assert data.store is not None, "it was trained on"
         fingerprint = hash_json(data.store.fingerprint)
         _finish(config, run, module, frozen, fingerprint)
+        run.write_bad([one._asdict() for one in bad])
         run.update_manifest(data=fingerprint, rows_per_second=_report(throughput.rate, module))
         run.finish()
 
@@ -80,12 +82,15 @@ def _outputs(config: TrainSae) -> tuple[str, ...]:
     return tuple(dict.fromkeys([*made, *left]))
 
 
-def _open_data(config: TrainSae, frozen: FrozenClip) -> ActivationDataModule:
+def _open_data(config: TrainSae, frozen: FrozenClip, bad: list[BadSample]) -> ActivationDataModule:
+    """The rows; `bad` is filled with what is left out when they are opened."""
     progress = config.trainer.progress
 
     def open_store(ranks: Ranks) -> ActivationStore:
         images = find_images(config.data.shards, config.data, progress=progress)
-        return read_activations(frozen, images.usable, config.data, ranks=ranks, progress=progress)
+        store = read_activations(frozen, images.usable, config.data, ranks=ranks, progress=progress)
+        bad[:] = images.add_bad(store.bad, config.data.max_bad_fraction)
+        return store
 
     return ActivationDataModule(
         open_store, batch_size=config.sae.batch_size, seed=config.seed, n_steps=config.trainer.steps

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import lightning as L
@@ -34,6 +35,7 @@ class BadSampleLimit(Callback):
         *,
         max_bad_fraction: float,
         n_images: int | None,
+        known: Sequence[BadSample] = (),
         batch_size: int,
     ) -> None:
         """Nothing is read before the training begins.
@@ -43,18 +45,22 @@ class BadSampleLimit(Callback):
             folder: of the run.
             max_bad_fraction: share of all samples that may be broken.
             n_images: all samples; None for a stream, where it is those that were seen.
+            known: samples that are left out from the start, such as those that lack a field.
             batch_size: samples of a step, over all devices.
         """
         self.data = data
         self.file = folder / BAD_SAMPLES
         self.max_bad_fraction = max_bad_fraction
         self.n_images = n_images
+        self.known = known
         self.batch_size = batch_size
         self.found: dict[BadSample, None] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Go on with the list of the run's earlier starts."""
-        self.found = dict.fromkeys(read_bad(self.file))
+        self.found = dict.fromkeys([*self.known, *read_bad(self.file)])
+        if self.known and trainer.is_global_zero:
+            self._write()
 
     def on_train_batch_end(
         self,
@@ -73,11 +79,14 @@ class BadSampleLimit(Callback):
             return
         self.found |= dict.fromkeys(new)
         if trainer.is_global_zero:
-            write_text(self.file, "".join(json.dumps(bad._asdict()) + "\n" for bad in self.found))
+            self._write()
             for bad in new:
                 logger.warning("left out %r of %s: %s", bad.key, bad.shard, bad.reason)
         n_seen = max(SMALLEST_COUNT, trainer.global_step * self.batch_size)
         check_bad(list(self.found), self.n_images or n_seen, self.max_bad_fraction)
+
+    def _write(self) -> None:
+        write_text(self.file, "".join(json.dumps(bad._asdict()) + "\n" for bad in self.found))
 
     def _gather(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[BadSample]:
         """What is new on any rank, the same list on all; one number is exchanged where none is."""
