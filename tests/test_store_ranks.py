@@ -34,7 +34,6 @@ def write_on_ranks(folder: Path, world_size: int, bad: tuple[int, ...]) -> list[
             )["s"]
         except (DataError, threading.BrokenBarrierError) as error:
             found[rank] = error
-            barrier.abort()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world_size)]
     for thread in threads:
