@@ -1,7 +1,8 @@
 """Sparse latent activations: the form in which codes travel, and the products with them.
 
-A product gathers rows of a matrix and adds them up (`embedding_bag`), forwards and backwards: its
-cost is proportional to the active latents, and no tensor of rows x active x width exists.
+A product gathers rows of a matrix and adds them up, forwards and backwards: its cost is
+proportional to the active latents, and no tensor of rows x active x width exists. What adds them
+up depends on the device: `clipattr.sparse`.
 """
 
 import math
@@ -12,7 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding_bag
+
+from clipattr.sparse import gathered, kernels_for
 
 
 class SparseCodes(NamedTuple):
@@ -49,8 +51,7 @@ class SparseCodes(NamedTuple):
     def decode(self, W_dec: Float[Tensor, "latent model"]) -> Float[Tensor, "*rows model"]:
         """Sum of a_j v_j, without b_dec."""
         *rows, n_active = self.indices.shape
-        n_rows = math.prod(rows)
-        starts = torch.arange(n_rows + 1, device=self.indices.device) * n_active
+        starts = equal_bags(self.indices.reshape(math.prod(rows), n_active))
         flat = _sum_bags(self.values.flatten(), self.indices.flatten(), starts, W_dec)
         return flat.reshape(*rows, W_dec.shape[1])
 
@@ -89,13 +90,50 @@ def pack(
     return indices.view(n_rows, width), is_chosen.view(n_rows, width)
 
 
+def equal_bags(indices: Int[Tensor, "row active"]) -> Int[Tensor, " boundary"]:
+    """Where the pairs of each row start when they are written one after the other, and the end."""
+    n_rows, n_active = indices.shape
+    return torch.arange(n_rows + 1, device=indices.device) * n_active
+
+
 def combine(
     values: Float[Tensor, "row active"],
     indices: Int[Tensor, "row active"],
     rows: Float[Tensor, "latent model"],
 ) -> Float[Tensor, "row model"]:
     """C rows, where C[r, indices[r, i]] = values[r, i] is sparse."""
-    return embedding_bag(indices, rows, per_sample_weights=values, mode="sum")
+    starts = equal_bags(indices)
+    return kernels_for(rows).sum_bags(values.flatten(), indices.flatten(), starts, rows, None)
+
+
+class Transposed(NamedTuple):
+    """The pairs of C sorted by latent, which makes them bags of rows: C^T is a gather as well."""
+
+    order: Int[Tensor, " pair"]
+    rows: Int[Tensor, " pair"]
+    latents: Int[Tensor, " pair"]
+    starts: Int[Tensor, " boundary"]
+
+    def combine(
+        self, values: Float[Tensor, " pair"], rows: Float[Tensor, "row model"]
+    ) -> Float[Tensor, "latent model"]:
+        """C^T rows."""
+        kernels = kernels_for(rows)
+        return kernels.sum_bags(values[self.order], self.rows, self.starts, rows, self.latents)
+
+    def totals(self, values: Float[Tensor, " pair"]) -> Float[Tensor, " latent"]:
+        """The sum of the values of each latent."""
+        same_row = torch.zeros_like(self.rows)
+        return self._replace(rows=same_row).combine(values, values.new_ones(1, 1)).squeeze(1)
+
+
+def transpose(
+    latents: Int[Tensor, " pair"], rows: Int[Tensor, " pair"], n_latents: int
+) -> Transposed:
+    """Sort the pairs (row, latent) by latent; those of a latent stay in order."""
+    # Half the digits of the usual integers: a sort on CUDA goes through them one after the other.
+    ordered, order = latents.int().sort(stable=True)
+    return Transposed(order, rows[order], ordered, _starts(latents, n_latents))
 
 
 def combine_transposed(
@@ -104,29 +142,22 @@ def combine_transposed(
     rows: Float[Tensor, "row model"],
     n_latents: int,
 ) -> Float[Tensor, "latent model"]:
-    """C^T rows: a gather as well, because sorted by latent the pairs are bags of rows."""
-    place = torch.arange(len(rows), device=rows.device).repeat_interleave(indices.shape[1])
-    return _combine_pairs_transposed(values.flatten(), indices.flatten(), place, rows, n_latents)
+    """C^T rows."""
+    place = rows_of_bags(equal_bags(indices), indices.numel())
+    return transpose(indices.flatten(), place, n_latents).combine(values.flatten(), rows)
 
 
-def _combine_pairs_transposed(
-    values: Tensor, latents: Tensor, place: Tensor, rows: Tensor, n_latents: int
-) -> Tensor:
-    order = latents.argsort(stable=True)
-    return embedding_bag(
-        place[order],
-        rows,
-        _starts(latents, n_latents),
-        per_sample_weights=values[order],
-        mode="sum",
-        include_last_offset=True,
-    )
+def rows_of_bags(starts: Int[Tensor, " boundary"], n_pairs: int) -> Int[Tensor, " pair"]:
+    """The bag of each pair."""
+    bags = torch.arange(len(starts) - 1, device=starts.device)
+    return bags.repeat_interleave(starts.diff(), output_size=n_pairs)
 
 
 def _starts(bags: Tensor, n_bags: int) -> Tensor:
     """Where each bag starts among its pairs once they are sorted, and where the last one ends."""
-    ends = torch.bincount(bags, minlength=n_bags).cumsum(0)
-    return torch.cat([ends.new_zeros(1), ends])
+    # Not bincount, which on CUDA waits to learn the largest number.
+    counts = bags.new_zeros(n_bags).scatter_add_(0, bags, torch.ones_like(bags))
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 def _sum_bags(values: Tensor, latents: Tensor, starts: Tensor, W_dec: Tensor) -> Tensor:
@@ -138,15 +169,9 @@ class _SumBags(Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, latents: Tensor, starts: Tensor, W_dec: Tensor) -> Tensor:
-        ctx.save_for_backward(values, latents, starts, W_dec)
-        return embedding_bag(
-            latents,
-            W_dec,
-            starts,
-            per_sample_weights=values,
-            mode="sum",
-            include_last_offset=True,
-        )
+        rows = gathered(W_dec)
+        ctx.save_for_backward(values, latents, starts, rows)
+        return kernels_for(rows).sum_bags(values, latents, starts, rows, None)
 
     @staticmethod
     @once_differentiable
@@ -154,26 +179,15 @@ class _SumBags(Function):
         ctx: Any, *gradients: Tensor
     ) -> tuple[Tensor | None, ...]:
         gradient = gradients[0].contiguous()
-        values, latents, starts, W_dec = ctx.saved_tensors
+        values, latents, starts, rows = ctx.saved_tensors
         for_values, _, _, for_weights = ctx.needs_input_grad
-        places = torch.arange(len(gradient), device=starts.device)
-        bags = places.repeat_interleave(starts.diff(), output_size=len(latents))
+        bags = rows_of_bags(starts, len(latents))
+        kernels = kernels_for(rows)
         return (
-            _dot(gradient, W_dec, latents, starts[:-1], bags) if for_values else None,
+            kernels.dot(gradient, rows, latents, starts, bags) if for_values else None,
             None,
             None,
-            _combine_pairs_transposed(values, latents, bags, gradient, len(W_dec))
+            transpose(latents, bags, len(rows)).combine(values, gradient.to(rows.dtype))
             if for_weights
             else None,
         )
-
-
-def _dot(left: Tensor, right: Tensor, latents: Tensor, starts: Tensor, bags: Tensor) -> Tensor:
-    """left[bag] . right[latent] of each pair: what autograd of embedding_bag computes.
-
-    Blocked, without a copy of the rows.
-    """
-    sum_mode, no_padding = 0, -1
-    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        left, right, latents, starts, bags, sum_mode, no_padding
-    )

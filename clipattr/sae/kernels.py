@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from clipattr.codes import combine, combine_transposed
+from clipattr.codes import combine, equal_bags, rows_of_bags, transpose
+from clipattr.sparse import gathered, kernels_for
 
 
 def pre_activations(
@@ -20,9 +21,19 @@ def pre_activations(
     W_enc: Float[Tensor, "latent model"],
     b_enc: Float[Tensor, " latent"],
 ) -> Float[Tensor, "row latent"]:
-    """Z = x W_enc^T + b_enc without a gradient, to choose from; `choose` has the gradient."""
+    """Z = x W_enc^T + b_enc without a gradient, to choose from; `choose` has the gradient.
+
+    Under autocast it is in half precision. The bias is added by the product itself (CUDA's adds it
+    in float32 before it rounds), which costs less than any reading of z.
+    """
     with torch.no_grad():
         return torch.addmm(b_enc, x, W_enc.T)
+
+
+@torch.no_grad()
+def top_k(pre: Float[Tensor, "row latent"], k: int) -> Int[Tensor, "row active"]:
+    """The k largest of each row, largest first."""
+    return kernels_for(pre).top_k(pre, k)[1]
 
 
 def choose(
@@ -32,7 +43,11 @@ def choose(
     W_enc: Float[Tensor, "latent model"],
     b_enc: Float[Tensor, " latent"],
 ) -> Float[Tensor, "row active"]:
-    """z[row, indices[row]], with the gradient of z with respect to x, W_enc and b_enc."""
+    """z[row, indices[row]], with the gradient of z with respect to x, W_enc and b_enc.
+
+    Where z is in lower precision than x, as under autocast, it was good enough to choose from, and
+    the chosen ones are computed again in that of x.
+    """
     return cast(Tensor, _Choose.apply(pre, indices, x, W_enc, b_enc))
 
 
@@ -41,9 +56,14 @@ class _Choose(Function):
     def forward(
         ctx: Any, pre: Tensor, indices: Tensor, x: Tensor, W_enc: Tensor, b_enc: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(indices, x, W_enc)
-        # Under autocast z is in half precision, but what its gradient meets is not.
-        return pre.gather(1, indices).to(x.dtype)
+        weights = gathered(W_enc)
+        ctx.save_for_backward(indices, x, weights)
+        if pre.dtype == x.dtype:
+            return pre.gather(1, indices)
+        starts, latents = equal_bags(indices), indices.flatten()
+        rows = rows_of_bags(starts, len(latents))
+        products = kernels_for(weights).dot(x, weights, latents, starts, rows)
+        return products.view_as(indices) + b_enc[indices]
 
     @staticmethod
     @once_differentiable
@@ -51,14 +71,15 @@ class _Choose(Function):
         ctx: Any, *gradients: Tensor
     ) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
-        indices, x, W_enc = ctx.saved_tensors
+        indices, x, weights = ctx.saved_tensors
         _, _, for_x, for_weights, for_bias = ctx.needs_input_grad
-        n_latents = len(W_enc)
-        bias = W_enc.new_zeros(n_latents) if for_bias else None
+        rows = rows_of_bags(equal_bags(indices), indices.numel())
+        transposed = transpose(indices.flatten(), rows, len(weights))
+        values = gradient.flatten()
         return (
             None,
             None,
-            combine(gradient, indices, W_enc) if for_x else None,
-            combine_transposed(gradient, indices, x, n_latents) if for_weights else None,
-            None if bias is None else bias.index_add_(0, indices.flatten(), gradient.flatten()),
+            combine(gradient, indices, weights) if for_x else None,
+            transposed.combine(values, x.to(weights.dtype)) if for_weights else None,
+            transposed.totals(values) if for_bias else None,
         )
