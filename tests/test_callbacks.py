@@ -179,7 +179,9 @@ def test_reconstruction_and_identity_splice(scene, tmp_path):
 
 def test_identity_splice_is_measured_not_assumed(scene, tmp_path, monkeypatch):
     clean = Spliced.embed
-    monkeypatch.setattr(Spliced, "embed", lambda self, codes, error: clean(self, codes, 0 * error))
+    monkeypatch.setattr(
+        Spliced, "embed", lambda self, codes, error, rest: clean(self, codes, 0 * error, rest)
+    )
     callback = ReconstructionCallback(scene.spliced)
     run(scene, tmp_path, callback)
     assert callback.splice["max_error"] > 1e-2

@@ -8,6 +8,7 @@ from clipattr.callbacks.faithfulness import FaithfulnessCallback
 from clipattr.callbacks.heads import HeadsCallback
 from clipattr.callbacks.reconstruction import ReconstructionCallback
 from clipattr.callbacks.reliance import RelianceCallback
+from clipattr.callbacks.sae_evaluation import SaeEvaluation, mean_by_type
 
 __all__ = [
     "ExamplesCallback",
@@ -15,4 +16,6 @@ __all__ = [
     "HeadsCallback",
     "ReconstructionCallback",
     "RelianceCallback",
+    "SaeEvaluation",
+    "mean_by_type",
 ]

@@ -25,10 +25,9 @@ class ReconstructionCallback(ReadoutCallback):
     @torch.no_grad()
     def take(self, readout: Readout) -> None:
         """Error of x_hat, and how far the spliced embedding is from the clean one."""
-        recon = readout.x - readout.error
-        self.reconstruction.update(readout.x, recon, readout.codes)
-        spliced = self.spliced.embed(readout.codes, readout.error)
-        clean = self.spliced.cut.suffix(readout.x)
+        self.reconstruction.update(readout.x, readout.recon, readout.codes)
+        spliced = self.spliced.embed(readout.codes, readout.error, readout.rest)
+        clean = self.spliced.cut.suffix(readout.x, readout.rest)
         self.splice_error.update((spliced - clean).abs().max())
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -36,6 +36,16 @@ class TextHead:
         dtype = torch.promote_types(embeddings.dtype, self.weights.dtype)
         return normalize(embeddings.to(dtype), dim=-1) @ self.weights.to(dtype).T
 
+    def logits(self, embeddings: Float[Tensor, "*batch embed"]) -> Float[Tensor, "*batch head"]:
+        """The model's own logits: scale * cosine, plus the bias where it has one."""
+        logits = self.logit_scale * self.scores(embeddings)
+        return logits if self.logit_bias is None else logits + self.logit_bias
+
+    @property
+    def is_sigmoid(self) -> bool:
+        """Whether every class has a probability of its own, as in SigLIP."""
+        return self.logit_bias is not None
+
     def probabilities(
         self, embeddings: Float[Tensor, "*batch embed"]
     ) -> Float[Tensor, "*batch head"]:
@@ -44,10 +54,8 @@ class TextHead:
         The second where the model was trained with a bias: the classes of SigLIP are independent.
         Reference: Zhai et al. 2023, Sigmoid loss for language image pre-training.
         """
-        logits = self.logit_scale * self.scores(embeddings)
-        if self.logit_bias is None:
-            return logits.softmax(dim=-1)
-        return (logits + self.logit_bias).sigmoid()
+        logits = self.logits(embeddings)
+        return logits.sigmoid() if self.is_sigmoid else logits.softmax(dim=-1)
 
 
 def text_head(

@@ -1,21 +1,15 @@
 """Zero-shot accuracy of any CLIP on any labelled shards."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from clipattr.clip import Clip, TextHead, load_class_names, load_templates, text_head
-from clipattr.clip.templates import ClassNames
+from clipattr.clip import TextHead
 from clipattr.config.schema import EvaluateZeroshot
 from clipattr.data import Features, load_features
-from clipattr.data.shards import read_label
 from clipattr.data.store import hash_json
+from clipattr.jobs.class_head import load_classes, needed_fields
 from clipattr.jobs.model import load_model, read_embeddings
 from clipattr.jobs.shards import find_images
 from clipattr.jobs.start import Plan, describe_model, describe_shards
@@ -29,52 +23,33 @@ _LISTED = 5
 
 def evaluate_zeroshot(config: EvaluateZeroshot, command: list[str]) -> None:
     """Write `zeroshot`: top-1, top-5 and the accuracy of every class, into metrics.json."""
-    settings, data = config.zeroshot, config.data
-    classes = load_class_names(settings.classes)
-    templates = load_templates(settings.templates)
+    label, data = config.zeroshot.label, config.data
+    classes = load_classes(config.zeroshot)
+    names = classes.names.names
     inputs: dict[str, object] = {
         "model": describe_model(config.model),
         "shards": describe_shards(data.shards, "data.shards"),
-        "prompts": hashlib.sha256(json.dumps([classes, templates]).encode()).hexdigest(),
+        "prompts": classes.fingerprint,
     }
     plan = Plan(config, command, inputs, ("metrics.json",))
     if plan.is_finished():
         return
     # All labels before the model runs: a wrong one must not cost a forward of every image.
-    needed = ("cls",) if settings.label == "cls" else ("json",)
     progress = config.trainer.progress
-    images = find_images(data.shards, data, needed, progress=progress)
-    index = images.usable
-    labels = torch.tensor([read_label(one, settings.label, classes.names) for one in index])
+    images = find_images(data.shards, data, needed_fields(label), progress=progress)
+    labels = classes.read_labels(images.usable, label)
     clip = load_model(config.model, config.trainer.accelerator)
-    head = _class_head(clip, classes, templates, config)
-    store = read_embeddings(clip, index, data, progress=progress)
+    head = classes.head(clip, data.cache, progress=progress)
+    store = read_embeddings(clip, images.usable, data, progress=progress)
     bad = images.add_bad(store.bad, data.max_bad_fraction)
     batches = _score(head, load_features(store), labels)
-    accuracy = measure_accuracy(batches, len(classes.names))
-    _log(accuracy, classes.names, n_skipped=len(bad))
+    accuracy = measure_accuracy(batches, len(names))
+    _log(accuracy, names, n_skipped=len(bad))
     run = plan.open()
     run.write_bad([one._asdict() for one in bad])
     run.update_manifest(data=hash_json(store.fingerprint))
-    run.write_metrics({"zeroshot": _collect(accuracy, classes.names)})
+    run.write_metrics({"zeroshot": _collect(accuracy, names)})
     run.finish()
-
-
-def _class_head(
-    clip: Clip, classes: ClassNames, templates: tuple[str, ...], config: EvaluateZeroshot
-) -> TextHead:
-    """One row per class; classes that share a word share the row."""
-    words = list(dict.fromkeys(classes.words))
-    head = text_head(
-        clip,
-        words,
-        templates=templates,
-        cache=Path(config.data.cache) / "text",
-        progress=config.trainer.progress,
-    )
-    rows = {word: row for row, word in enumerate(words)}
-    weights = head.weights[[rows[word] for word in classes.words]]
-    return replace(head, names=classes.names, weights=weights)
 
 
 def _score(head: TextHead, features: Features, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

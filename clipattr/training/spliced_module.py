@@ -1,5 +1,8 @@
 """Test-only module: reads x, codes and error once per batch, and hands them to the callbacks."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import lightning as L
 import torch
 from jaxtyping import Float
@@ -10,16 +13,18 @@ from clipattr.spliced import Readout, Spliced
 
 
 class SplicedModule(L.LightningModule):
-    """`Trainer.test` on rows of cached activations; writes no checkpoint."""
+    """`Trainer.test` on activations; writes no checkpoint.
+
+    A batch is (x, row numbers), or (x, row numbers, rest) where the suffix needs more than x.
+    """
 
     def __init__(self, spliced: Spliced) -> None:
         super().__init__()
         self.spliced = spliced
 
-    def test_step(self, batch: list[Tensor], batch_idx: int) -> dict[str, Readout]:
-        """What every callback takes, from activations [batch, model] and their row numbers."""
-        x, rows = batch
-        return {"readout": self.spliced.read(x, rows)}
+    def test_step(self, batch: Sequence[Any], batch_idx: int) -> dict[str, Readout]:
+        """What every callback takes."""
+        return {"readout": self.spliced.read(*batch)}
 
 
 def rows_loader(
