@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench bench-data bench-sae soak towers clean
+.PHONY: help demo test check bench bench-data bench-sae bench-gpu soak towers clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1|/p' Makefile | awk -F'|' '{ printf "%-17s %s\n", $$1, $$2 }'
@@ -27,8 +27,8 @@ check: $(VENV)/.installed-dev  ## lint, format, types, import contracts, tests: 
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q
 
-bench: $(VENV)/.installed  ## every script in benchmarks/
-	@for script in benchmarks/*.py; do \
+bench: $(VENV)/.installed  ## every script in benchmarks/ that needs no GPU
+	@for script in $(filter-out benchmarks/sae_gpu.py,$(wildcard benchmarks/*.py)); do \
 	    echo "$$script"; $(BIN)/python "$$script" || exit 1; \
 	done
 
@@ -40,6 +40,9 @@ bench-data: $(VENV)/.installed  ## activation rows, images and caching, beside t
 bench-sae: $(VENV)/.installed  ## SAE steps and what they learn, beside the peers that are installed
 	$(BIN)/python benchmarks/sae.py
 	$(BIN)/python benchmarks/sae.py --quality
+
+bench-gpu: $(VENV)/.installed  ## the same on one CUDA GPU, and every kernel beside its floor
+	$(BIN)/python benchmarks/sae_gpu.py
 
 soak: $(VENV)/.installed  ## 10 million rows on two processes that are killed every few seconds
 	$(BIN)/python benchmarks/soak.py

@@ -1,7 +1,7 @@
 """Seconds and memory of a training step of a TopK SAE, beside the peers; and what it learns.
 
     python benchmarks/sae.py [--batches 256 1024] [--dead 3000]
-    python benchmarks/sae.py --quality
+    python benchmarks/sae.py --quality [--rows FILE]
 
 768 -> 30,000 latents, k = 64, one thread, float32. Every library takes the same rows in a process
 of its own and does all that its training step does; what it lacks is listed. CPU time is beside
@@ -13,12 +13,17 @@ The floor of a step that is dense once is its encoder product and the top-k. `--
 as dead in every step, so that AuxK has work. Seeds of data and of models differ: a dictionary drawn
 like the truth would start as the truth.
 
---quality: 8 of 512 planted atoms in 64 dimensions, every library at several learning rates with the
-same warm-up and decay and the same rows; held-out FVU, and mean over atoms of the largest |cosine|.
+--quality: 8 of 512 planted atoms in 64 dimensions, or the rows of a file (`sae_starts.py --write`
+makes one), every library at several learning rates with the same warm-up and decay and the same
+rows. The rate with the least FVU on a validation part is the best; what is shown is the FVU on
+another part, over seeds of the model, and the mean over atoms of the largest |cosine|. BatchTopK
+chooses among the rows of a batch there as well, so that all have the same L0. No latent counts as
+dead: AuxK has nothing to do.
 """
 
 import argparse
 import json
+import math
 import os
 import resource
 import statistics
@@ -30,16 +35,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_rivals import LACKS, RIVALS, Rival, Task
+from sae_rivals import LACKS, ONLY_QUALITY, RIVALS, Rival, Task
+from sae_rows import ACTIVE, ATOMS, DATA_SEED, Rows, batches, fvu, read_rows, recovered, synthetic
 from torch import Tensor
-from torch.nn.functional import normalize
 
 D_MODEL, N_LATENTS, K = 768, 30_000, 64
-DATA_SEED, MODEL_SEED = 12_345, 1
+MODEL_SEED = 1
 WARM_UP, N_DIFFERENT = 2, 4
 
-ATOMS, WIDTH, ACTIVE = 512, 64, 8
-STEPS, BATCH, HELD_OUT = 400, 512, 8192
+BATCH = 512
+ROW_LATENTS, ROW_K = 512, 16
 LRS = dict.fromkeys(RIVALS, (5e-3, 1e-2, 2e-2, 4e-2)) | {
     "sparsify, signum": (1e-2, 3e-2, 6e-2, 1e-1),
     "SAELens": (1e-2, 2e-2, 3e-2, 5e-2),
@@ -108,56 +113,49 @@ def median_cpu(run: Callable[[], object]) -> float:
     return statistics.median(seconds(run)[0] for _ in range(5))
 
 
-def planted(n_rows: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows of a few atoms each, with uneven frequencies, a mean and a little noise; the atoms."""
-    drawn = torch.Generator().manual_seed(DATA_SEED)
-    atoms = normalize(torch.randn(ATOMS, WIDTH, generator=drawn), dim=1)
-    mean = torch.randn(WIDTH, generator=drawn)
-    generator = torch.Generator().manual_seed(DATA_SEED + 1 + seed)
-    frequency = 1 / torch.arange(1, ATOMS + 1).sqrt()
-    chosen = torch.multinomial(frequency.expand(n_rows, -1), ACTIVE, generator=generator)
-    sizes = 0.5 + torch.rand(n_rows, ACTIVE, generator=generator)
-    noise = 0.02 * torch.randn(n_rows, WIDTH, generator=generator)
-    return (atoms[chosen] * sizes[..., None]).sum(1) + mean + noise, atoms
-
-
-def learn(name: str, n_seeds: int) -> list[dict[str, float]]:
-    """FVU and recovered atoms of one library at every rate and seed, on the same rows."""
-    rows, atoms = planted(STEPS * BATCH, seed=0)
-    held_out, _ = planted(HELD_OUT, seed=1)
+def learn(
+    name: str, size: Task, n_seeds: int, where: str | None, lrs: list[float]
+) -> list[dict[str, float]]:
+    """What one library learns from the same rows, at every rate and seed."""
+    rows = rows_to_learn(where, size.steps)
     found = []
-    for lr in LRS[name]:
+    for lr in lrs:
         for seed in range(n_seeds):
             torch.manual_seed(MODEL_SEED + seed)
-            task = Task(WIDTH, ATOMS, ACTIVE, BATCH, STEPS, lr, 50, True, 0, MODEL_SEED + seed)
+            task = size._replace(lr=lr, seed=MODEL_SEED + seed)
             rival = RIVALS[name](task)
-            start = recovered(rival, atoms)
-            for i, batch in enumerate(rows.split(BATCH)):
+            one = {"lr": lr, "before": closeness(rival, rows.atoms)}
+            for i, batch in enumerate(batches(rows.train, task.steps, task.batch)):
                 rival.step(i, batch)
-            cosine = {"before": start, "after": recovered(rival, atoms)}
-            found.append({"lr": lr, "fvu": fvu(rival, held_out), **cosine})
+            # First: an optimiser that averages puts the averaged weights in for this.
+            one["validation"] = rival_fvu(rival, rows.validation)
+            one["test"] = rival_fvu(rival, rows.test)
+            found.append(one | {"after": closeness(rival, rows.atoms)})
     return found
 
 
-@torch.no_grad()
-def fvu(rival: Rival, rows: Tensor) -> float:
-    """Against the mean of these rows."""
-    error = (rows - rival.recon(rows)).square().sum()
-    return float(error / (rows - rows.mean(0)).square().sum())
+def rows_to_learn(where: str | None, steps: int) -> Rows:
+    """Those of a file, or synthetic ones."""
+    return synthetic(steps * BATCH) if where is None else read_rows(Path(where))
 
 
 @torch.no_grad()
-def recovered(rival: Rival, atoms: Tensor) -> float:
-    """Mean over the atoms of the largest |cosine| with a latent."""
-    return float((atoms @ normalize(rival.dictionary(), dim=1).T).abs().amax(1).mean())
+def rival_fvu(rival: Rival, rows: Tensor) -> float:
+    """In the batches of training: BatchTopK chooses in a batch."""
+    return fvu(rows, torch.cat([rival.recon(batch) for batch in rows.split(BATCH)]))
 
 
-def ask(name: str, what: str, task: Task, n_seeds: int, threads: int) -> Any:
+def closeness(rival: Rival, atoms: Tensor | None) -> float:
+    """Mean over the atoms of the largest |cosine| with a latent; nan where there is no truth."""
+    return math.nan if atoms is None else float(recovered(rival.dictionary(), atoms).mean())
+
+
+def ask(name: str, what: str, task: Task, n_seeds: int, threads: int, *learning: object) -> Any:
     """What a process of its own finds; None, with a line, where the library is not there."""
     environment = os.environ | {"SPARSIFY_DISABLE_TRITON": "1"}
     if task.is_tuned:
         environment["THP_MEM_ALLOC_ENABLE"] = "1"
-    question = json.dumps([name, what, task, n_seeds, threads])
+    question = json.dumps([name, what, task, n_seeds, threads, *learning])
     command = [sys.executable, __file__, "--question", question]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode == 0:
@@ -168,13 +166,13 @@ def ask(name: str, what: str, task: Task, n_seeds: int, threads: int) -> Any:
 
 def answer(question: str) -> None:
     """In the process of one library."""
-    name, what, task, n_seeds, threads = json.loads(question)
+    name, what, task, n_seeds, threads, *learning = json.loads(question)
     torch.set_num_threads(threads)
     match what:
         case "floor":
             found: object = time_floor(Task(*task))
         case "quality":
-            found = learn(name, n_seeds)
+            found = learn(name, Task(*task), n_seeds, *learning)
         case _:
             found = time_steps(name, Task(*task))
     print(json.dumps(found))
@@ -224,28 +222,42 @@ def show_floor(task: Task, name: str, median: float, threads: int) -> None:
     )
 
 
-def compare_quality(names: list[str], n_seeds: int, threads: int) -> None:
+def compare_quality(names: list[str], options: argparse.Namespace) -> None:
     """Every library at its best rate."""
-    n_rows = STEPS * BATCH
-    print(f"\n{ATOMS} atoms in {WIDTH} dimensions, {ACTIVE} per row, after {n_rows} rows")
-    print(f"{'':22}{'best lr':>9}{'FVU (seeds)':>26}{'cosine before -> after':>26}")
-    task = Task(WIDTH, ATOMS, ACTIVE, BATCH, STEPS, None, 0, True, 0, MODEL_SEED)
+    where, steps = options.rows, options.learn_steps
+    n_latents, k = (ATOMS, ACTIVE) if where is None else (ROW_LATENTS, ROW_K)
+    width = rows_to_learn(where, 1).width
+    task = Task(width, n_latents, k, BATCH, steps, None, 50, True, 0, MODEL_SEED)
+    print(f"\n{task.d_model} -> {task.n_latents}, k = {task.k}, after {task.steps * BATCH} rows")
+    print("\n| | best lr | held-out FVU, mean [min, max] | cosine, start -> end | FVU at each lr |")
+    print("|---|---|---|---|---|")
     for name in names:
-        found = ask(name, "quality", task, n_seeds, threads)
-        if found is None:
-            continue
-        rates = sorted({one["lr"] for one in found})
-        means = {
-            lr: statistics.mean(one["fvu"] for one in found if one["lr"] == lr) for lr in rates
-        }
-        best = min(means, key=means.__getitem__)
-        chosen = [one for one in found if one["lr"] == best]
-        values = sorted(one["fvu"] for one in chosen)
-        before, after = (statistics.mean(one[key] for one in chosen) for key in ("before", "after"))
-        edge = " (at the edge)" if best in (rates[0], rates[-1]) else ""
-        spread = f"{means[best]:.4f} [{values[0]:.4f}-{values[-1]:.4f}]"
-        print(f"{name:22}{best:9.0e}{spread:>26}{f'{before:.3f} -> {after:.3f}':>26}{edge}")
-        print(f"{'':22}all: {', '.join(f'{lr:.0e} {mean:.4f}' for lr, mean in means.items())}")
+        lrs = options.lrs or list(LRS[name])
+        found = ask(name, "quality", task, options.seeds, options.threads, where, lrs)
+        if found is not None:
+            show_quality(name, found)
+
+
+def show_quality(name: str, found: list[dict[str, float]]) -> None:
+    """One line: the rate is chosen on the validation part, the rest is of the test part."""
+    rates = sorted({one["lr"] for one in found})
+    means = {lr: mean_of("validation", [one for one in found if one["lr"] == lr]) for lr in rates}
+    best = min(means, key=means.__getitem__)
+    chosen = [one for one in found if one["lr"] == best]
+    values = [one["test"] for one in chosen]
+    edge = " (edge)" if best in (rates[0], rates[-1]) else ""
+    print(
+        f"| {name} | {best:g}{edge} "
+        f"| {mean_of('test', chosen):.4f} [{min(values):.4f}, {max(values):.4f}] "
+        f"| {mean_of('before', chosen):.3f} -> {mean_of('after', chosen):.3f} "
+        f"| {', '.join(f'{lr:g}: {mean:.4f}' for lr, mean in means.items())} |",
+        flush=True,
+    )
+
+
+def mean_of(key: str, found: list[dict[str, float]]) -> float:
+    """Over seeds."""
+    return statistics.mean(one[key] for one in found)
 
 
 def main() -> None:
@@ -254,21 +266,26 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--steps", type=int, default=6, help="timed ones")
     parser.add_argument("--dead", type=int, default=0, help="latents that AuxK works on")
-    parser.add_argument("--only", nargs="+", choices=list(RIVALS), default=list(RIVALS))
+    parser.add_argument("--only", nargs="+", choices=list(RIVALS), help="all that are there")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quality", action="store_true")
-    parser.add_argument("--seeds", type=int, default=2, help="of --quality")
+    parser.add_argument("--seeds", type=int, default=3, help="of --quality")
+    parser.add_argument("--learn-steps", type=int, default=400, help="of --quality")
+    parser.add_argument("--rows", help="of --quality: a .safetensors, .npy or .pt file of rows")
+    parser.add_argument("--lrs", type=float, nargs="+", help="of --quality, for all libraries")
     parser.add_argument("--question", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.question:
         return answer(options.question)
     print(f"torch {torch.__version__}, {options.threads} thread(s)")
-    for name in options.only:
+    left_out = set() if options.quality else ONLY_QUALITY
+    names = options.only or [name for name in RIVALS if name not in left_out]
+    for name in names:
         print(f"{name:22} lacks {LACKS[name]}")
     if options.quality:
-        return compare_quality(options.only, options.seeds, options.threads)
+        return compare_quality(names, options)
     for batch in options.batches:
-        compare_speed(batch, options.steps, options.dead, options.only, options.threads)
+        compare_speed(batch, options.steps, options.dead, names, options.threads)
     return None
 
 

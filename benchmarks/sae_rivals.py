@@ -23,6 +23,8 @@ class Task(NamedTuple):
     is_tuned: bool
     n_dead: int  # latents that count as dead in every step, so that AuxK has work
     seed: int
+    device: str = "cpu"
+    is_half: bool = False  # ours alone: others are put under autocast as a whole, or do it
 
 
 class Rival(NamedTuple):
@@ -33,13 +35,15 @@ class Rival(NamedTuple):
     dictionary: Callable[[], Tensor]  # [latent, model]
 
 
-def clipattr(task: Task) -> Rival:
+def clipattr(task: Task, *, over_batch: bool = False) -> Rival:
     """Ours, from the rows to the renormalised decoder."""
-    from clipattr.sae.topk import TopKSae
+    from clipattr.sae.topk import BatchTopKSae, TopKSae
     from clipattr.training.sae_member import SaeMember
 
     generator = torch.Generator().manual_seed(task.seed)
-    sae = TopKSae(d_model=task.d_model, n_latents=task.n_latents, k=task.k, generator=generator)
+    kind = BatchTopKSae if over_batch else TopKSae
+    sae = kind(d_model=task.d_model, n_latents=task.n_latents, k=task.k, generator=generator)
+    sae.to(task.device)
     member = SaeMember(
         sae,
         lr=task.lr or 1e-3,
@@ -47,7 +51,7 @@ def clipattr(task: Task) -> Rival:
         k_aux=task.d_model // 2,
         aux_coefficient=1 / 32,
         dead_after=10_000_000,
-    )
+    ).to(task.device)
     optimizer = torch.optim.Adam(sae.parameters(), lr=member.lr, fused=True)
     schedule = scheduled(optimizer, task)
 
@@ -55,7 +59,8 @@ def clipattr(task: Task) -> Rival:
         if i == 0:
             member.initialise_from(x)
         member.history.rows_since_fired[: task.n_dead] = member.dead_after
-        output, loss, _ = member(x)
+        with torch.autocast(task.device, torch.bfloat16, enabled=task.is_half):
+            output, loss, _ = member(x)
         member.take_in(output, 1)
         loss.total.backward()
         member.remove_parallel_gradient()
@@ -63,9 +68,14 @@ def clipattr(task: Task) -> Rival:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        member.normalise_decoder()
+        member.after_step()
 
     return Rival(step, lambda x: sae(x).recon, lambda: sae.W_dec)
+
+
+def clipattr_batch(task: Task) -> Rival:
+    """BatchTopK; it is left in training, where it chooses in the batch."""
+    return clipattr(task, over_batch=True)
 
 
 def sparsify(task: Task, *, signum: bool = True) -> Rival:
@@ -76,7 +86,7 @@ def sparsify(task: Task, *, signum: bool = True) -> Rival:
     from sparsify.sign_sgd import SignSGD
 
     config = SparseCoderConfig(num_latents=task.n_latents, k=task.k)
-    sae = SparseCoder(task.d_model, config, device="cpu", dtype=torch.float32)
+    sae = SparseCoder(task.d_model, config, device=task.device, dtype=torch.float32)
     lr = task.lr or (5e-3 if signum else 2e-4) / (task.n_latents / 2**14) ** 0.5
     if signum:
         optimizer: Any = ScheduleFreeWrapper(SignSGD(sae.parameters(), lr=lr), momentum=0.95)
@@ -85,7 +95,7 @@ def sparsify(task: Task, *, signum: bool = True) -> Rival:
     else:
         optimizer = torch.optim.Adam(sae.parameters(), lr=lr, fused=task.is_tuned or None)
         schedule = scheduled(optimizer, task)
-    is_dead = torch.arange(task.n_latents) < task.n_dead
+    is_dead = torch.arange(task.n_latents, device=task.device) < task.n_dead
 
     def step(i: int, x: Tensor) -> None:
         if i == 0:
@@ -112,11 +122,13 @@ def sparsify_adam(task: Task) -> Rival:
     return sparsify(task, signum=False)
 
 
-def dictionary_learning(task: Task) -> Rival:
+def dictionary_learning(task: Task, *, over_batch: bool = False) -> Rival:
     """The whole of TopKTrainer.update."""
+    from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
     from dictionary_learning.trainers.top_k import TopKTrainer
 
-    trainer: Any = TopKTrainer(
+    kind: Any = BatchTopKTrainer if over_batch else TopKTrainer
+    trainer = kind(
         steps=task.steps,
         activation_dim=task.d_model,
         dict_size=task.n_latents,
@@ -127,7 +139,7 @@ def dictionary_learning(task: Task) -> Rival:
         warmup_steps=task.warmup,
         decay_start=task.steps - task.steps // DECAY,
         seed=task.seed,
-        device="cpu",
+        device=task.device,
     )
     fuse(trainer.optimizer, task)
 
@@ -141,6 +153,11 @@ def dictionary_learning(task: Task) -> Rival:
     return Rival(step, recon, lambda: trainer.ae.decoder.weight.T)
 
 
+def dictionary_learning_batch(task: Task) -> Rival:
+    """BatchTopK, choosing in the batch."""
+    return dictionary_learning(task, over_batch=True)
+
+
 def sae_lens(task: Task, **options: Any) -> Rival:
     """SAETrainer.step."""
     from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
@@ -149,7 +166,7 @@ def sae_lens(task: Task, **options: Any) -> Rival:
 
     lr = task.lr or 3e-4
     sizes = {"d_in": task.d_model, "d_sae": task.n_latents, "k": task.k}
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(**sizes, device="cpu", **options))
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(**sizes, device=task.device, **options))
     config = SAETrainerConfig(
         total_training_samples=task.steps * task.batch,
         train_batch_size_samples=task.batch,
@@ -157,6 +174,7 @@ def sae_lens(task: Task, **options: Any) -> Rival:
         lr_end=lr / 10,
         lr_warm_up_steps=task.warmup,
         lr_decay_steps=task.steps // DECAY,
+        device=task.device,
         logger=LoggingConfig(log_to_wandb=False),
     )
     trainer: Any = SAETrainer(cfg=config, sae=sae, data_provider=iter(()))
@@ -186,7 +204,7 @@ def overcomplete(task: Task) -> Rival:
         matplotlib.cm.get_cmap = matplotlib.colormaps.get_cmap
     from overcomplete.sae import TopKSAE, train_sae
 
-    sae = TopKSAE(task.d_model, nb_concepts=task.n_latents, top_k=task.k, device="cpu")
+    sae = TopKSAE(task.d_model, nb_concepts=task.n_latents, top_k=task.k, device=task.device)
     optimizer = torch.optim.Adam(sae.parameters(), lr=task.lr or 5e-4, fused=task.is_tuned or None)
     schedule = scheduled(optimizer, task)
 
@@ -221,7 +239,10 @@ RIVALS: dict[str, Callable[[Task], Rival]] = {
     "SAELens": sae_lens,
     "dictionary_learning": dictionary_learning,
     "overcomplete": overcomplete,
+    "clipattr, BatchTopK": clipattr_batch,
+    "dictionary_learning, BatchTopK": dictionary_learning_batch,
 }
+ONLY_QUALITY = {"clipattr, BatchTopK", "dictionary_learning, BatchTopK"}
 LACKS = {
     "clipattr": "nothing",
     "sparsify, signum": "clipping; AuxK gives its encoder no gradient; half of Adam's moments",
@@ -230,4 +251,6 @@ LACKS = {
     "SAELens": "projection and normalised decoder (it rescales activations instead)",
     "dictionary_learning": "nothing",
     "overcomplete": "AuxK, projection and decoder bias",
+    "clipattr, BatchTopK": "nothing",
+    "dictionary_learning, BatchTopK": "nothing",
 }

@@ -58,19 +58,6 @@ class Observer(Callback):
         time.sleep(self.pause)
 
 
-class PlainLoss(SaeModule):
-    """Relative to a constant: the mean over the ranks is that over all rows.
-
-    The variance of a rank's own rows, by which the module divides, is another for other ranks.
-    """
-
-    def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
-        (x,) = batch
-        output = self.by_name[""].sae(x)
-        self.by_name[""].take_in(output, self.trainer.world_size)
-        return (x - output.recon).square().sum(1).mean() / (9 * WIDTH)
-
-
 def train(
     folder: Path,
     rank: int,
@@ -81,9 +68,13 @@ def train(
     checkpoint_every: int = 5,
     n_steps: int = 40,
     temporary: Path | None = None,
-    is_plain: bool = False,
+    shard_latents: bool = False,
+    dead: tuple[int, ...] = (),
 ) -> None:
-    """One process of the run, told by the environment which one it is, as by torchrun."""
+    """One process of the run, told by the environment which one it is, as by torchrun.
+
+    Latents in `dead` are too weak to fire.
+    """
     if world_size > 1:
         os.environ |= {
             "TORCHELASTIC_RUN_ID": "observed",
@@ -104,9 +95,10 @@ def train(
         n_steps=n_steps,
     )
     sae = TopKSae(d_model=WIDTH, n_latents=24, k=3, generator=torch.Generator().manual_seed(1))
-    kind = PlainLoss if is_plain else SaeModule
+    with torch.no_grad():
+        sae.W_enc[list(dead)] *= 0.01
     member = SaeMember(sae, lr=1e-3, warmup=3, k_aux=4, aux_coefficient=0.1, dead_after=64)
-    module = kind({"": member}, n_steps=n_steps)
+    module = SaeModule({"": member}, n_steps=n_steps)
     settings = TrainerConfig(
         accelerator="cpu",
         progress=False,
@@ -114,8 +106,10 @@ def train(
         devices=world_size,
         checkpoint_every=checkpoint_every,
     )
-    trainer = build_trainer(settings, folder, callbacks=[Observer(folder, pause)])
+    observer = Observer(folder, pause)
+    trainer = build_trainer(settings, folder, callbacks=[observer], shard_latents=shard_latents)
     fit(trainer, module, data, folder)
+    module.gather()
     if trainer.is_global_zero:
         torch.save(module.state_dict(), folder / "weights.pt")
 

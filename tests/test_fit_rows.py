@@ -27,10 +27,10 @@ SMALL = {"k": 3, "n_latents": 24, "batch_size": 32}
 class Recorded(ActivationDataModule):
     """Keeps what it served, and starts from the first of it, as whoever has a stream alone."""
 
-    def first_rows(self, n_rows: int) -> Tensor:
+    def first_rows(self, n_rows: int) -> tuple[Tensor, ...]:
         place = Place(rank=0, world_size=1, local_world_size=1, pin_memory=False)
         self.served = [x.clone() for (x,) in self.open_stream(place)]
-        return torch.cat(self.served)[:n_rows]
+        return (torch.cat(self.served)[:n_rows],)
 
 
 def small_sae(kind: type[Sae]) -> Sae:

@@ -55,7 +55,7 @@ class Killed:
 
     def __init__(self, root: Path) -> None:
         self.folder = root / "killed"
-        processes = Processes(self.folder, 2, pause=0.05, is_plain=True)
+        processes = Processes(self.folder, 2, pause=0.05)
         wait_until(lambda: min(map(len, delivered(self.folder))) > 22)
         processes.kill()
         assert processes.exit_codes() == [-9, -9]
@@ -77,7 +77,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(root: Path) -> Path:
-    assert Processes(root / "whole", 2, is_plain=True).exit_codes() == [0, 0]
+    assert Processes(root / "whole", 2).exit_codes() == [0, 0]
     return root / "whole"
 
 
@@ -113,7 +113,7 @@ def test_the_kill_was_inside_an_epoch_and_behind_a_checkpoint(killed: Killed, wh
 def test_two_processes_go_on_to_the_same_bits(killed: Killed, whole: Path):
     folder = killed.copy("again")
     known = files(folder)
-    assert Processes(folder, 2, is_plain=True).exit_codes() == [0, 0]
+    assert Processes(folder, 2).exit_codes() == [0, 0]
     expected = delivered(whole)
     for rank, steps in enumerate(delivered(folder, known)):
         assert list(steps) == list(range(killed.start, N_STEPS))
@@ -128,7 +128,7 @@ def test_one_process_goes_on_with_the_same_batches(killed: Killed, whole: Path):
     """Its sums have another order: the weights are equal to rounding."""
     folder = killed.copy("alone")
     known = files(folder)
-    assert Processes(folder, 1, is_plain=True).exit_codes() == [0]
+    assert Processes(folder, 1).exit_codes() == [0]
     expected, (found, none) = delivered(whole), delivered(folder, known)
     assert none == {}
     assert list(found) == list(range(killed.start, N_STEPS))
@@ -201,7 +201,7 @@ def saved(folder: Path) -> int:
     "temporary", [ELSEWHERE, pytest.param(BESIDE, marks=pytest.mark.slow)], indirect=True
 )
 def test_kills_at_random_end_with_the_same_bits(root: Path, tmp_path: Path, temporary: Path):
-    """With a checkpoint after each step, in a run of two processes; the module's own loss."""
+    """With a checkpoint after each step, in a run of two processes."""
     shutil.copytree(root / "store", tmp_path / "store")
     options = {"checkpoint_every": 1, "n_steps": 100, "pause": 0.005, "temporary": temporary}
     assert Processes(tmp_path / "whole", 2, **options).exit_codes() == [0, 0]

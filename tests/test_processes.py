@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.test_demo import Demo
 
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 def test_two_processes_train_the_sae_of_one(tmp_path):
     demo = Demo(tmp_path)
     assert demo.run("world") == 0
-    fvu = {}
+    fvu, weights = {}, {}
     for devices in (1, 2):
         name = f"demo/sae-{devices}"
         overrides = [f"name={name}", f"trainer.devices={devices}", "trainer.steps=60"]
@@ -27,8 +28,11 @@ def test_two_processes_train_the_sae_of_one(tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         metrics = json.loads((demo.runs / name / "metrics.json").read_text())
         fvu[devices] = metrics["sae"]["fvu"]
-    # The loss is normalised by the variance of each rank's rows, so not to rounding.
-    assert fvu[2] == pytest.approx(fvu[1], rel=0.05)
+        weights[devices] = load_file(demo.runs / name / "sae.safetensors")
+    for name, tensor in weights[1].items():
+        difference = (tensor - weights[2][name]).norm() / tensor.norm()
+        assert difference < 1e-5, name
+    assert fvu[2] == pytest.approx(fvu[1], rel=1e-5)
 
 
 def train(demo: Demo, *overrides: str) -> subprocess.Popen[str]:

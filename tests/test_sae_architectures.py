@@ -18,6 +18,7 @@ from clipattr.sae import (
 )
 from clipattr.sae.losses import reconstruction_loss, sae_loss
 from clipattr.sae.normalisation import Normalisation
+from clipattr.sae.relative import spread_of
 from clipattr.sae.sae import Sae
 from tests.saes import ALL, N_LATENTS, N_ROWS, K, small_rows, small_sae, target_of
 
@@ -177,6 +178,11 @@ def test_forward_changes_no_state(name: str):
     assert all(torch.equal(before[key], tensor) for key, tensor in sae.state_dict().items())
 
 
+def error_of(sae: Sae, target: Tensor, x: Tensor) -> Tensor:
+    output = sae(x)
+    return reconstruction_loss(sae, target, output, spread_of(target, sae.error_unit(output)))
+
+
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("normalisation", list(Normalisation))
 def test_the_mean_predictor_has_reconstruction_loss_one(name: str, normalisation: Normalisation):
@@ -187,7 +193,7 @@ def test_the_mean_predictor_has_reconstruction_loss_one(name: str, normalisation
         sae.b_dec.copy_(target.mean(0))
         if isinstance(sae, Transcoder) and sae.W_skip is not None:
             sae.W_skip.zero_()
-    loss = reconstruction_loss(sae, target, sae(small_rows())).item()
+    loss = error_of(sae, target, small_rows()).item()
     assert loss == pytest.approx(1.0, rel=1e-12)
 
 
@@ -238,9 +244,9 @@ def test_nested_levels_are_topk_saes():
     with torch.no_grad():
         sae.W_dec.mul_(2)
     assert torch.equal(sae.at(2).W_dec, sae.W_dec)
-    errors = [reconstruction_loss(level, x, level(x)) for level in map(sae.at, (1, 2, 5))]
+    errors = [error_of(level, x, x) for level in map(sae.at, (1, 2, 5))]
     expected = (3 * errors[0] + 2 * errors[1] + errors[2]) / 6
-    torch.testing.assert_close(reconstruction_loss(sae, x, sae(x)), expected)
+    torch.testing.assert_close(error_of(sae, x, x), expected)
     with pytest.raises(ConfigError, match=r"at\(3\)"):
         sae.at(3)
 

@@ -93,7 +93,9 @@ def test_a_list_survives_its_file_and_is_replaced_whole(path: Path):
     ("words", "parts"),
     [
         (["architecture=tpok"], ["sae.architecture='tpok'", "batch_topk", "Did you mean topk?"]),
-        (["architecture=transcoder"], ["must be one of topk"]),
+        (["architecture=transcoder"], ["target=null", "needs the site that it reconstructs"]),
+        (["architecture=[topk,transcoder,relu]"], ["transcoder and topk, relu in one grid"]),
+        (["skip=true"], ["sae.skip=true is a setting of transcoder"]),
         (["architecture=relu", "k=8"], ["sae.k=8 is a setting of topk", "architecture=relu"]),
         (["sparsity=0.1"], ["sae.sparsity=0.1", "of relu, jump_relu, gated", "architecture=topk"]),
         (["architecture=gated", "bandwidth=0.1"], ["sae.bandwidth=0.1", "jump_relu", "=gated"]),
@@ -106,6 +108,12 @@ def test_a_list_survives_its_file_and_is_replaced_whole(path: Path):
         (["k=[8,600]"], ["sae.k=600 is larger than sae.n_latents=512"]),
         (["k=[8,16]", "n_latents=[8,64]"], ["sae.k=16 is larger than sae.n_latents=8"]),
         (["batch_size=[8,16]"], ["sae.batch_size=[8, 16]", "must be an integer."]),
+        (["k_start=8"], ["sae.k_start=8 is smaller than sae.k=16, to which it falls"]),
+        (["k_start=600"], ["sae.k_start=600 is larger than sae.n_latents=512"]),
+        (["k_start=32", "k_steps=1000"], ["sae.k_steps=1000: k must have fallen", "steps=1000"]),
+        (["k_steps=10"], ["sae.k_steps=10 does nothing without sae.k_start"]),
+        (["architecture=relu", "k_start=32"], ["sae.k_start=32 is a setting of topk"]),
+        (["ema=1"], ["sae.ema=1.0: must lie between 0 and 1"]),
         (["architecture=jump_relu", "bandwidth=0"], ["sae.bandwidth=0.0: must be greater"]),
         (["architecture=relu", "sparsity=-1"], ["sae.sparsity=-1.0: must be 0 or greater"]),
         (["architecture=nested_topk", "ks=[8,4]"], ["sae.ks=[8, 4]", "ascending"]),
@@ -131,14 +139,16 @@ def test_words_of_the_config_are_those_of_the_modules():
         assert list(ours.__members__) == list(theirs.__members__)
 
 
+ANNEALED = {"k_start": 5, "k_steps": 7}
 SETTINGS: dict[str, dict[str, object]] = {
-    "topk": {"k": 3},
-    "batch_topk": {"k": 3},
+    "topk": {"k": 3, **ANNEALED},
+    "batch_topk": {"k": 3, **ANNEALED},
     "relu": {"sparsity": 0.5},
     "jump_relu": {"sparsity": 0.5, "bandwidth": 0.25, "l0": choices.L0.tanh},
     "gated": {"sparsity": 0.5},
-    "matryoshka": {"k": 3, "fractions": [0.25, 0.75], "over_batch": False},
+    "matryoshka": {"k": 3, "fractions": [0.25, 0.75], "over_batch": False, **ANNEALED},
     "nested_topk": {"ks": [2, 5], "level_weights": choices.LevelWeights.reverse},
+    "transcoder": {"k": 3, "skip": True, **ANNEALED},
 }
 
 
@@ -157,15 +167,20 @@ def test_every_setting_arrives(name: str):
         k_aux=7,
         aux_coefficient=0.125,
         dead_after=99,
+        ema=0.75,
         **SETTINGS[name],  # type: ignore[arg-type]
     )
     config.check()
-    member = build_member(config, d_model=4, seed=3)
+    d_out = 6 if name == "transcoder" else None
+    member = build_member(config, d_model=4, seed=3, d_out=d_out)
     sae = member.sae
     assert sae.architecture == name
-    assert (sae.d_model, sae.n_latents) == (4, 16)
+    assert (sae.d_model, sae.W_dec.shape) == (4, (16, d_out or 4))
     assert sae.normalisation is normalisation.Normalisation.norm
     for setting, value in SETTINGS[name].items():
+        if setting in ANNEALED:
+            assert getattr(member, setting) == value
+            continue
         found = sae.settings["weights" if setting == "level_weights" else setting]
         if isinstance(value, Enum):
             assert found.name == value.name
@@ -173,6 +188,8 @@ def test_every_setting_arrives(name: str):
             assert found == (tuple(value) if isinstance(value, list) else value)
     assert (member.lr, member.warmup, member.k_aux) == (0.5, 5, 7)
     assert (member.aux_coefficient, member.dead_after) == (0.125, 99)
+    assert member.averaged is not None
+    assert member.averaged.decay == 0.75
     assert (member.bias, member.from_data) == (initial.Bias.geometric_median, True)
     assert build_member(SaeConfig(), d_model=10, seed=0).k_aux == 5
 

@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,19 @@ import torch
 from clipattr.errors import CheckpointError
 from clipattr.sae.files import SaeRecord, load_sae, save_sae
 from clipattr.sae.normalisation import Normalisation
+from clipattr.sae.sae import Sae
 from clipattr.sae.topk import TopKSae
+from clipattr.sae.transcoder import Transcoder
 from tests.saes import ALL, small_rows, small_sae
 
 SITE: dict[str, str | int] = {"layer": 5, "stream": "residual", "tokens": "cls"}
 MODEL = {"name": "planted-world", "weights_sha256": "abc"}
 SETTINGS = {"d_model": 4, "n_latents": 8, "k": 2}
 RECORD = SaeRecord(SITE, MODEL, data_fingerprint="f00d", metrics={"fvu": 0.125})
+
+
+def record_of(sae: Sae) -> SaeRecord:
+    return replace(RECORD, target_site=SITE) if isinstance(sae, Transcoder) else RECORD
 
 
 @pytest.fixture
@@ -61,11 +68,11 @@ def test_round_trip(saved: Path, sae: TopKSae):
 
 def test_files_are_what_the_contract_says(saved: Path):
     content = json.loads((saved / "sae.json").read_text())
-    assert content["schema_version"] == 2
+    assert content["schema_version"] == 3
     assert content["architecture"] == "topk"
     assert content["settings"] == {"d_model": 4, "n_latents": 8, "k": 2}
     assert content["normalisation"] == "scale"
-    assert content["site"] == SITE
+    assert (content["site"], content["target_site"]) == (SITE, None)
     assert set(safetensors.torch.load_file(saved / "sae.safetensors")) == {
         "W_enc", "W_dec", "b_enc", "b_dec", "input_scale",
     }  # fmt: skip
@@ -94,7 +101,9 @@ def test_same_weights_under_another_name_are_the_same_model(saved: Path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 3}, "schema_version is 3, expected 1 or 2"),
+        ({"schema_version": 4}, "schema_version is 4, expected 1 or 2 or 3"),
+        ({"schema_version": 2}, r"unexpected fields \['target_site'\]"),
+        ({"target_site": SITE}, "target_site is .*, for architecture 'topk' it is null"),
         ({"schema_version": 1}, r"missing fields \['d_model', 'k', 'n_latents'\]"),
         ({"architecture": "sparse"}, "architecture is 'sparse', expected one of .*'gated'"),
         ({"architecture": ["topk"]}, r"architecture is \['topk'\]"),
@@ -187,7 +196,7 @@ def test_nan_metric_is_refused(tmp_path: Path, sae: TopKSae):
 @pytest.mark.parametrize("normalisation", list(Normalisation))
 def test_every_architecture_comes_back(tmp_path: Path, name: str, normalisation: Normalisation):
     sae, x = small_sae(name, normalisation).float().eval(), small_rows().float()
-    save_sae(sae, tmp_path, RECORD)
+    save_sae(sae, tmp_path, record_of(sae))
     loaded, _ = load_sae(tmp_path)
     assert type(loaded) is type(sae)
     assert loaded.settings == sae.settings
@@ -261,7 +270,7 @@ def test_wrong_json_of_the_first_schema(saved: Path, changes: dict[str, object],
 )
 def test_wrong_settings(tmp_path: Path, name: str, setting: str, value: object, message: str):
     sae = small_sae(name)
-    save_sae(sae, tmp_path, RECORD)
+    save_sae(sae, tmp_path, record_of(sae))
     settings = json.loads((tmp_path / "sae.json").read_text())["settings"]
     edit_json(tmp_path, settings={**settings, setting: value})
     with pytest.raises(CheckpointError, match=message):

@@ -33,7 +33,7 @@ class NanLoss(TopKSae):
 
     n_calls = 0
 
-    def penalty(self, target: Tensor, output: SaeOutput) -> Tensor:
+    def penalty(self, target: Tensor, output: SaeOutput, spread: Tensor) -> Tensor:
         self.n_calls += 1
         is_here = os.environ.get("RANK", "1") == "1"
         return target.new_full((), torch.nan if is_here and self.n_calls > FAILS_AT else 0.0)
@@ -42,8 +42,8 @@ class NanLoss(TopKSae):
 class NanGradient(NanLoss):
     """Its loss is finite all the time, its gradient is not: the root of zero."""
 
-    def penalty(self, target: Tensor, output: SaeOutput) -> Tensor:
-        fails = super().penalty(target, output).isnan().item()
+    def penalty(self, target: Tensor, output: SaeOutput, spread: Tensor) -> Tensor:
+        fails = super().penalty(target, output, spread).isnan().item()
         return (0 * self.b_enc).abs().sqrt().sum() if fails else target.new_zeros(())
 
 

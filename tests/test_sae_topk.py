@@ -1,13 +1,16 @@
+import copy
+
 import pytest
 import torch
 from torch.nn import functional
 
+from clipattr.codes import SparseCodes
 from clipattr.errors import ConfigError, DataError
 from clipattr.sae.constraints import normalise_decoder_, remove_parallel_gradient_
 from clipattr.sae.dead import FiringHistory
 from clipattr.sae.losses import auxk_loss
-from clipattr.sae.relative import relative_error
-from clipattr.sae.topk import TopKSae
+from clipattr.sae.relative import relative_error, spread_of
+from clipattr.sae.topk import BatchTopKSae, TopKSae
 
 D_MODEL, N_LATENTS, K = 6, 12, 3
 
@@ -65,9 +68,11 @@ def test_token_axis_and_encode_agree_with_forward():
 def test_codes_are_in_raw_units():
     # Ten times the activation: the same latents, each ten times as active.
     sae, x = small_sae()
+    other = copy.deepcopy(sae)
+    sae.initialise_from(x)
     codes = sae.encode(x)
-    sae.initialise_from(10 * x)
-    scaled = sae.encode(10 * x)
+    other.initialise_from(10 * x)
+    scaled = other.encode(10 * x)
     assert torch.equal(codes.indices, scaled.indices)
     torch.testing.assert_close(scaled.values, 10 * codes.values)
 
@@ -92,6 +97,25 @@ def test_initialisation():
         fresh.initialise_from(torch.ones(4, D_MODEL))
 
 
+@pytest.mark.parametrize("kind", [TopKSae, BatchTopKSae])
+def test_the_encoder_starts_as_long_as_reconstructs_best(kind: type[TopKSae]):
+    rows = torch.randn(500, 16, generator=seeded(3), dtype=torch.float64) + 4
+    sae = kind(d_model=16, n_latents=64, k=8, generator=seeded()).double()
+    sae.initialise_from(rows)
+    length = sae.W_enc.norm(dim=1)
+    assert 0.2 < length.mean() < 0.8
+    torch.testing.assert_close(length, length.mean().expand(64))
+    error = {}
+    for factor in (0.95, 1.0, 1.05, 1 / length[0].item()):
+        u, unit = sae.normalise(rows)
+        z = factor * u @ sae.W_enc.T
+        values, indices = z.topk(8, dim=1)
+        codes = SparseCodes(indices, values.relu() * unit, 64)
+        error[factor] = float((rows - sae.decode(codes)).detach().square().sum())
+    assert error[1.0] == min(error.values())
+    assert error[1.0] < 0.8 * error[1 / length[0].item()]
+
+
 @pytest.mark.parametrize(("n_latents", "k"), [(4, 5), (4, 0), (0, 0)])
 def test_impossible_sizes(n_latents: int, k: int):
     with pytest.raises(ConfigError, match=f"k={k}"):
@@ -103,9 +127,9 @@ def test_relative_error():
     recon = x + torch.randn(30, 4, generator=seeded(1), dtype=torch.float64)
     error = sum((x[i, d] - recon[i, d]).item() ** 2 for i in range(30) for d in range(4))
     spread = sum((x[i, d] - x[:, d].mean()).item() ** 2 for i in range(30) for d in range(4))
-    assert relative_error(x, recon).item() == pytest.approx(error / spread, rel=1e-12)
-    assert relative_error(x, x.mean(0).expand_as(x)).item() == pytest.approx(1.0)
-    assert relative_error(x, x).item() == 0
+    assert relative_error(x, recon, spread_of(x)).item() == pytest.approx(error / spread, rel=1e-12)
+    assert relative_error(x, x.mean(0).expand_as(x), spread_of(x)).item() == pytest.approx(1.0)
+    assert relative_error(x, x, spread_of(x)).item() == 0
 
 
 def test_auxk_loss_equals_plain_loop():
@@ -173,7 +197,7 @@ def test_constraints():
     sae, x = small_sae()
     with torch.no_grad():
         sae.W_dec.mul_(torch.rand(N_LATENTS, 1, generator=seeded()) + 0.5)
-    relative_error(x, sae(x).recon).backward()
+    relative_error(x, sae(x).recon, spread_of(x)).backward()
     before = sae.W_dec.grad.clone()
     remove_parallel_gradient_(sae.W_dec)
     assert (sae.W_dec.grad * sae.W_dec).sum(1).abs().max() < 1e-12

@@ -34,6 +34,7 @@ class Architecture(Enum):
     gated = "gated"
     matryoshka = "matryoshka"
     nested_topk = "nested_topk"
+    transcoder = "transcoder"
 
 
 class Normalisation(Enum):

@@ -43,11 +43,9 @@ class EvaluationConfig:
 
 
 @dataclass
-class ZeroshotConfig:
-    """Classes named in words, and labelled images to sort into them."""
+class ClassesConfig:
+    """Classes named in words."""
 
-    label: str = "cls"
-    """sample field that holds the number or the name of the class: cls, or json:<key>"""
     classes: list[str] = field(default_factory=list)
     """names in the order of their numbers; or [FILE] with one name a line; or [imagenet]"""
     templates: str = "simple"
@@ -55,7 +53,6 @@ class ZeroshotConfig:
 
     def check(self) -> None:
         """Raise ConfigError when a value cannot work."""
-        check_label("zeroshot", self.label)
         if not self.classes:
             raise ConfigError(
                 "zeroshot.classes=[]: name at least two classes, or one text file with a name a "
@@ -64,3 +61,30 @@ class ZeroshotConfig:
         repeated = [name for name, times in Counter(self.classes).items() if times > 1]
         if repeated:
             raise ConfigError(f"zeroshot.classes: {', '.join(repeated)} stands there twice")
+
+
+@dataclass
+class ZeroshotConfig(ClassesConfig):
+    """Classes named in words, and labelled images to sort into them."""
+
+    label: str = "cls"
+    """sample field that holds the number or the name of the class: cls, or json:<key>"""
+
+    def check(self) -> None:
+        """Raise ConfigError when a value cannot work."""
+        check_label("zeroshot", self.label)
+        super().check()
+
+
+@dataclass
+class PromptsConfig(ClassesConfig):
+    """Classes named in words, and images that may be labelled with them."""
+
+    label: str | None = "cls"
+    """sample field that holds the class: cls, or json:<key>; none: no labels and no accuracy"""
+
+    def check(self) -> None:
+        """Raise ConfigError when a value cannot work."""
+        if self.label is not None:
+            check_label("zeroshot", self.label)
+        super().check()

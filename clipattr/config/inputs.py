@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from omegaconf import MISSING
 
 from clipattr.config.choices import CacheDtype, Decode, Mode, Stream, Tokens, WeightPrecision
+from clipattr.config.fields import format_value
 from clipattr.config.limits import check_not_negative, check_positive
 from clipattr.errors import ConfigError
 
@@ -44,6 +45,32 @@ class SiteConfig:
                 f"{name}.tokens_per_image={self.tokens_per_image}: {name}.tokens=cls is one token; "
                 "tokens are drawn from spatial or all"
             )
+
+
+def check_target(site: SiteConfig, target: SiteConfig) -> None:
+    """Raise ConfigError unless both have the same tokens, and the tower computes `target` later.
+
+    Layers counted from different ends are compared by the job, which knows how many there are.
+    """
+    for name in ("tokens", "tokens_per_image"):
+        read, written = getattr(site, name), getattr(target, name)
+        if read != written:
+            raise ConfigError(
+                f"target.{name}={format_value(written)}: must be site.{name}={format_value(read)}, "
+                "because a transcoder reads and reconstructs the same tokens"
+            )
+    if (site.layer < 0) != (target.layer < 0):
+        return
+    streams = list(Stream)
+    first, last = ((one.layer, streams.index(one.stream)) for one in (site, target))
+    if last <= first:
+        raise ConfigError(
+            f"target: {target.stream.name} of layer {target.layer} is "
+            + ("the site itself" if last == first else "computed before the site, ")
+            + (f"{site.stream.name} of layer {site.layer}" if last < first else "")
+            + "; a transcoder reconstructs what the tower makes of the site, for example "
+            "target.stream=mlp of site.stream=residual_middle"
+        )
 
 
 @dataclass

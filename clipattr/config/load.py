@@ -170,8 +170,14 @@ def _read_override(job: type[JobConfig], word: str) -> dict:
 def _find_annotation(section: Any, key: str) -> Any:
     """The type of a dotted key, or None when there is no such key."""
     for part in key.split("."):
-        section = get_type_hints(section).get(part) if is_dataclass(section) else None
+        owner = _find_section(section)
+        section = get_type_hints(owner).get(part) if owner else None
     return section
+
+
+def _find_section(annotation: Any) -> Any:
+    """The dataclass of a section, which may also be null; None for anything else."""
+    return next((option for option in _options(annotation) if is_dataclass(option)), None)
 
 
 def _check_section(section: Any, values: dict, where: str, prefix: str) -> None:
@@ -188,12 +194,11 @@ def _check_section(section: Any, values: dict, where: str, prefix: str) -> None:
 
 
 def _check_value(annotation: Any, value: Any, where: str, name: str) -> None:
-    if is_dataclass(annotation):
-        if not isinstance(value, dict):
-            raise ConfigError(
-                f"{name}={format_value(value)} {where}: must be {describe(annotation)}"
-            )
-        _check_section(annotation, value, where, f"{name}.")
+    section = _find_section(annotation)
+    if section and isinstance(value, dict):
+        _check_section(section, value, where, f"{name}.")
+    elif is_dataclass(annotation):
+        raise ConfigError(f"{name}={format_value(value)} {where}: must be {describe(annotation)}")
     elif isinstance(value, list) and (lists := _list_options(annotation)):
         for position, item in enumerate(value):
             _check_value(get_args(lists[0])[0], item, where, f"{name}[{position}]")
@@ -225,7 +230,8 @@ def _convert(section: Any, values: dict) -> dict:
 
 def _convert_value(annotation: Any, value: Any) -> Any:
     if isinstance(value, dict):
-        return _convert(annotation, value) if is_dataclass(annotation) else value
+        section = _find_section(annotation)
+        return _convert(section, value) if section else value
     if isinstance(value, list):
         item = get_args(_list_options(annotation)[0])[0]
         return [_convert_value(item, one) for one in value]

@@ -25,13 +25,14 @@ else:
 
 # Settings that some architectures need and the others do not have.
 NEEDS = {
-    Architecture.topk: {"k"},
-    Architecture.batch_topk: {"k"},
+    Architecture.topk: {"k", "k_start", "k_steps"},
+    Architecture.batch_topk: {"k", "k_start", "k_steps"},
     Architecture.relu: {"sparsity"},
     Architecture.jump_relu: {"sparsity", "bandwidth", "l0"},
     Architecture.gated: {"sparsity"},
-    Architecture.matryoshka: {"k", "fractions", "over_batch"},
+    Architecture.matryoshka: {"k", "k_start", "k_steps", "fractions", "over_batch"},
     Architecture.nested_topk: {"ks", "level_weights"},
+    Architecture.transcoder: {"k", "k_start", "k_steps", "skip"},
 }
 _OF_SOME = set().union(*NEEDS.values())
 _SINGLE_LISTS = {"fractions", "ks"}
@@ -42,11 +43,15 @@ class SaeConfig:
     """Sparse autoencoder with AuxK; a list as value trains one for each, side by side."""
 
     architecture: Many[Architecture] = Architecture.topk
-    """what makes codes sparse; a transcoder, which reads two sites, is for Python alone"""
+    """what makes codes sparse; transcoder: reads `site` and reconstructs `target`"""
     n_latents: Many[int] = 512
     """size of the dictionary"""
     k: Many[int] = 16
-    """active latents per row (topk), on average over a batch (batch_topk, matryoshka)"""
+    """active latents per row, or on average over a batch (batch_topk, matryoshka)"""
+    k_start: Many[int | None] = None
+    """k of the first step, from which it falls to k: more latents learn at first; k when not set"""
+    k_steps: Many[int] = 1000
+    """steps in which it falls, linearly (where there is a k_start)"""
     ks: list[int] = field(default_factory=lambda: [8, 16, 32])
     """active latents per row of each level, ascending (nested_topk)"""
     level_weights: Many[LevelWeights] = LevelWeights.uniform
@@ -55,6 +60,8 @@ class SaeConfig:
     """shares of the groups of the dictionary, which add up to 1 (matryoshka)"""
     over_batch: Many[bool] = True
     """choose k per row on average over the batch, and not in each row (matryoshka)"""
+    skip: Many[bool] = False
+    """a linear map from the site to the target beside the latents (transcoder)"""
     sparsity: Many[float | None] = None
     """weight beside the relative error of the L1 (relu, gated: 0.2) or the L0 (jump_relu: 0.003)"""
     bandwidth: Many[float] = 0.03
@@ -68,7 +75,7 @@ class SaeConfig:
     from_data: Many[bool] = False
     """latents start at rows of the data, and not at random"""
     k_aux: Many[int | None] = None
-    """dead latents that model the residual; half the width of the site when not set"""
+    """dead latents that model the residual; half the width of what is reconstructed when not set"""
     aux_coefficient: Many[float] = 1 / 32
     """weight of the auxiliary loss"""
     dead_after: Many[int] = 20000
@@ -77,6 +84,8 @@ class SaeConfig:
     """peak learning rate of Adam, linear decay over the last fifth"""
     warmup: Many[int] = 100
     """steps of linear warm-up"""
+    ema: Many[float | None] = None
+    """decay of a running mean of the weights, which is saved in their place (0.999); none: off"""
     batch_size: int = 1024
     """rows per step, over all devices"""
 
@@ -98,6 +107,11 @@ class SaeConfig:
             found.setdefault(",".join(words), member)
         return found
 
+    @property
+    def is_transcoder(self) -> bool:
+        """Whether another site than the one that is read is reconstructed."""
+        return Architecture.transcoder in self._architectures()
+
     def check(self) -> None:
         """Raise ConfigError when a value cannot work."""
         check_positive(self, "sae", "batch_size")
@@ -106,9 +120,34 @@ class SaeConfig:
                 raise ConfigError(
                     f"sae.{name}={format_value(values)}: name at least one value, each once"
                 )
+        if self.is_transcoder and len(self._architectures()) > 1:
+            others = ", ".join(
+                one.name for one in self._architectures() if one is not Architecture.transcoder
+            )
+            raise ConfigError(
+                f"sae.architecture: transcoder and {others} in one grid; a transcoder reconstructs "
+                "`target` and the others the site itself, so they need runs of their own"
+            )
         self._check_needed()
         for member in self.members().values():
             member._check_one()
+
+    def check_shards(self, devices: int) -> None:
+        """Raise ConfigError when the latents cannot be divided among the devices."""
+        setting = "trainer.shard_latents=true"
+        if devices == 1:
+            raise ConfigError(f"{setting}: there is nothing to divide on trainer.devices=1")
+        for member in self.members().values():
+            if member.architecture is not Architecture.topk:
+                raise ConfigError(
+                    f"{setting}: sae.architecture={member.architecture.name} cannot be divided "
+                    "among devices; topk can"
+                )
+            if member.n_latents % devices:
+                raise ConfigError(
+                    f"{setting}: sae.n_latents={member.n_latents} does not divide by "
+                    f"trainer.devices={devices}; every device has the same number of latents"
+                )
 
     def _lists(self) -> dict[str, list[Any]]:
         entries = {entry.name: getattr(self, entry.name) for entry in fields(self)}
@@ -118,9 +157,12 @@ class SaeConfig:
             if isinstance(value, list) and name not in _SINGLE_LISTS
         }
 
+    def _architectures(self) -> list[Architecture]:
+        return self._lists().get("architecture", [self.architecture])
+
     def _check_needed(self) -> None:
         """What was set must be read: a foreign setting is a mistake."""
-        chosen = self._lists().get("architecture", [self.architecture])
+        chosen = self._architectures()
         read = set().union(*(NEEDS[one] for one in chosen))
         default = SaeConfig()
         for name in sorted(_OF_SOME - read):
@@ -135,12 +177,15 @@ class SaeConfig:
     def _check_one(self) -> None:
         check_positive(self, "sae", "n_latents", "lr", "dead_after")
         check_not_negative(self, "sae", "aux_coefficient", "warmup")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError(f"sae.ema={self.ema}: must lie between 0 and 1, such as 0.999")
         if self.k_aux is not None:
             check_positive(self, "sae", "k_aux")
         needs = NEEDS[self.architecture]
         if "k" in needs:
             check_positive(self, "sae", "k")
             self._check_fits("k", self.k)
+            self._check_start()
         if "sparsity" in needs and self.sparsity is not None:
             check_not_negative(self, "sae", "sparsity")
         if "bandwidth" in needs:
@@ -149,6 +194,18 @@ class SaeConfig:
             self._check_levels()
         if "fractions" in needs:
             self._check_groups()
+
+    def _check_start(self) -> None:
+        check_not_negative(self, "sae", "k_steps")
+        if self.k_start is None:
+            if self.k_steps != SaeConfig.k_steps:
+                raise ConfigError(f"sae.k_steps={self.k_steps} does nothing without sae.k_start")
+        else:
+            self._check_fits("k_start", self.k_start)
+            if self.k_start < self.k:
+                raise ConfigError(
+                    f"sae.k_start={self.k_start} is smaller than sae.k={self.k}, to which it falls"
+                )
 
     def _check_fits(self, name: str, k: int) -> None:
         if k > self.n_latents:

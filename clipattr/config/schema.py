@@ -12,13 +12,14 @@ from pathlib import Path
 from omegaconf import MISSING
 
 from clipattr.config.choices import Logger, Precision
-from clipattr.config.evaluation import EvaluationConfig, ZeroshotConfig
+from clipattr.config.evaluation import EvaluationConfig, PromptsConfig, ZeroshotConfig
 from clipattr.config.inputs import (
     DataConfig,
     ModelConfig,
     ReadConfig,
     SiteConfig,
     TrainingImagesConfig,
+    check_target,
 )
 from clipattr.config.limits import check_divides, check_label, check_not_negative, check_positive
 from clipattr.config.sae import SaeConfig
@@ -72,6 +73,14 @@ class TrainerConfig(DevicesConfig):
         """Raise ConfigError when a value cannot work."""
         super().check()
         check_positive(self, "trainer", "steps", "log_every", "checkpoint_every")
+
+
+@dataclass
+class SaeTrainerConfig(TrainerConfig):
+    """The same, and what the devices have between them."""
+
+    shard_latents: bool = False
+    """devices divide the latents, and not the rows: a topk dictionary too wide for one of them"""
 
 
 @dataclass
@@ -227,13 +236,40 @@ class TrainSae(JobConfig):
     data: DataConfig = field(default_factory=DataConfig)
     held_out: str = MISSING
     """shards on which the SAE's final metrics are measured"""
+    target: SiteConfig | None = None
+    """the site that a transcoder reconstructs, fields as of `site`: target.stream=mlp"""
     sae: SaeConfig = field(default_factory=SaeConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    trainer: SaeTrainerConfig = field(default_factory=SaeTrainerConfig)
 
     def check(self) -> None:
         """Raise ConfigError when a value or a combination cannot work."""
         super().check()
-        check_divides(self.sae.batch_size, "sae.batch_size", self.trainer.devices)
+        self._check_target()
+        if self.trainer.shard_latents:
+            self.sae.check_shards(self.trainer.devices)
+        else:
+            check_divides(self.sae.batch_size, "sae.batch_size", self.trainer.devices)
+        for member in self.sae.members().values():
+            if member.k_start is not None and member.k_steps >= self.trainer.steps:
+                raise ConfigError(
+                    f"sae.k_steps={member.k_steps}: k must have fallen to sae.k before the end, "
+                    f"trainer.steps={self.trainer.steps}"
+                )
+
+    def _check_target(self) -> None:
+        if self.target is None:
+            if self.sae.is_transcoder:
+                raise ConfigError(
+                    "target=null: sae.architecture=transcoder needs the site that it reconstructs, "
+                    "for example site.stream=residual_middle target.stream=mlp"
+                )
+            return
+        if not self.sae.is_transcoder:
+            raise ConfigError(
+                "target: is for sae.architecture=transcoder; the others reconstruct the site itself"
+            )
+        self.target.check("target")
+        check_target(self.site, self.target)
 
 
 @dataclass
@@ -288,6 +324,26 @@ class EvaluateZeroshot(JobConfig):
 
 
 @dataclass
+class EvaluateSae(JobConfig):
+    """evaluate_sae: what an SAE reconstructs, and what the model loses when it is spliced in."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sae: str = MISSING
+    """folder with sae.safetensors and sae.json, which says at which site"""
+    zeroshot: PromptsConfig = field(default_factory=PromptsConfig)
+    mean_images: int = 512
+    """images, spread over the shards, whose mean activation is that of the ablated model"""
+    trainer: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def check(self) -> None:
+        """Raise ConfigError when a value cannot work."""
+        super().check()
+        if self.mean_images < 1:
+            raise ConfigError(f"mean_images={self.mean_images}: must be greater than 0")
+
+
+@dataclass
 class EvaluateWorldZeroshot(JobConfig):
     """evaluate_world_zeroshot: zero-shot accuracy of a CLIP per factor of the planted world."""
 
@@ -321,6 +377,7 @@ TRAIN_JOBS: dict[str, type[JobConfig]] = {
 }
 EVALUATE_JOBS: dict[str, type[JobConfig]] = {
     "evaluate_zeroshot": EvaluateZeroshot,
+    "evaluate_sae": EvaluateSae,
     "evaluate_world_zeroshot": EvaluateWorldZeroshot,
     "evaluate_world": EvaluateWorld,
 }

@@ -7,6 +7,7 @@ same rows serve training in any order and evaluation in the order of the shards.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -47,12 +48,20 @@ class SiteRows(NamedTuple):
         width: of x.
         tokens: of an image at the site.
         drawn: how many of them are kept, chosen by the image's key; None: all.
+        beside: widths of further columns of the same rows, by the names under which `encode` gives
+            them, such as another site with as many tokens.
     """
 
     made_from: Mapping[str, object]
     width: int
     tokens: int = 1
     drawn: int | None = None
+    beside: Mapping[str, int] = MappingProxyType({})
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """Of all columns."""
+        return {"x": self.width, **self.beside}
 
 
 class Features(NamedTuple):
@@ -82,7 +91,7 @@ def cache_activations(
     Args:
         index: of the images.
         encode: images and names of sites -> x of each, without gradient, on `device`. Called once
-            for each batch, with the sites that are missing.
+            for each batch, with the sites that are missing and what is stored beside them.
         pixels: the model's own preprocessing.
         sites: by the names that `encode` knows.
         dtype: of the stored numbers: float32, float16 or bfloat16.
@@ -129,7 +138,8 @@ def _plan(index: ShardIndex, pixels: Pixels, rows: SiteRows, dtype: str, folder:
     versions = [version_of(shard) for shard in index.shards]
     name = hash_json(fingerprint | {"times": versions, "dtype": dtype})[:16]
     kept = rows.tokens if rows.drawn is None else rows.drawn
-    return StorePlan(folder / name, fingerprint, {"x": Column(dtype, rows.width)}, kept)
+    columns = {column: Column(dtype, width) for column, width in rows.widths.items()}
+    return StorePlan(folder / name, fingerprint, columns, kept)
 
 
 @torch.no_grad()
@@ -142,24 +152,35 @@ def _encode_all(
     column: Column,
     device: torch.device | str,
 ) -> Iterator[ReadBatch]:
+    names = [name for site, rows in sites.items() for name in (site, *rows.beside)]
     for batch in loader:
-        values = {name: {"x": torch.zeros(0, rows.width)} for name, rows in sites.items()}
+        values = {
+            site: {name: torch.zeros(0, width) for name, width in rows.widths.items()}
+            for site, rows in sites.items()
+        }
         if len(batch.rows):
-            found = encode(pixels.normalise(batch.images.to(device)), list(sites))
-            for name, rows in sites.items():
-                values[name] = _keep(found[name], rows, batch.keys, column.torch_dtype)
+            found = encode(pixels.normalise(batch.images.to(device)), names)
+            for site, rows in sites.items():
+                columns = {"x": found[site], **{name: found[name] for name in rows.beside}}
+                values[site] = _keep(columns, rows, batch.keys, column.torch_dtype)
         yield ReadBatch(images[batch.rows], values, batch.bad)
 
 
 def _keep(
-    x: Float[Tensor, "batch *token width"], rows: SiteRows, keys: Sequence[str], dtype: torch.dtype
+    columns: Mapping[str, Float[Tensor, "batch *token _"]],
+    rows: SiteRows,
+    keys: Sequence[str],
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """The columns of a batch; what is not stored is left on the device."""
     if rows.drawn is None:
-        return {"x": x.to("cpu", dtype)}
+        return {name: x.to("cpu", dtype) for name, x in columns.items()}
     tokens = draw_tokens(keys, rows.tokens, rows.drawn)
-    chosen = x.take_along_dim(tokens[:, :, None].to(x.device), dim=1)
-    return {"x": chosen.to("cpu", dtype), "tokens": tokens}
+    chosen = {
+        name: x.take_along_dim(tokens[:, :, None].to(x.device), dim=1).to("cpu", dtype)
+        for name, x in columns.items()
+    }
+    return {**chosen, "tokens": tokens}
 
 
 def load_features(store: ActivationStore) -> Features:

@@ -2,6 +2,7 @@
 
 from clipattr.config.schema import (
     CacheActivations,
+    EvaluateSae,
     EvaluateWorld,
     EvaluateWorldZeroshot,
     EvaluateZeroshot,
@@ -40,6 +41,10 @@ def run(config: JobConfig, command: list[str]) -> None:
             from clipattr.jobs.evaluate_zeroshot import evaluate_zeroshot
 
             evaluate_zeroshot(config, command)
+        case EvaluateSae():
+            from clipattr.jobs.evaluate_sae import evaluate_sae
+
+            evaluate_sae(config, command)
         case EvaluateWorldZeroshot():
             from clipattr.jobs.evaluate_world_zeroshot import evaluate_world_zeroshot
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clipattr.clip import Clip, Cut, Site, Tower, image_tower, load_clip
-from clipattr.config.schema import ModelConfig, ReadConfig, SiteConfig
+from clipattr.config.inputs import ModelConfig, ReadConfig, SiteConfig, check_target
 from clipattr.data import ActivationStore, Ranks, ShardIndex, cache_activations
 from clipattr.data.features import Encode, SiteRows
 from clipattr.data.pixels import Pixels
@@ -31,6 +32,8 @@ class FrozenClip(NamedTuple):
 
     clip: Clip
     site: SiteTokens
+    target: SiteTokens | None = None
+    """the site that a transcoder reconstructs from the first one"""
 
     @property
     def cut(self) -> Cut:
@@ -38,10 +41,26 @@ class FrozenClip(NamedTuple):
         return self.site.cut
 
 
-def load_frozen(model: ModelConfig, site: SiteConfig, accelerator: str) -> FrozenClip:
+def load_frozen(
+    model: ModelConfig, site: SiteConfig, accelerator: str, target: SiteConfig | None = None
+) -> FrozenClip:
     """Load the model of a config and cut its image tower."""
     clip = load_model(model, accelerator)
-    return FrozenClip(clip, find_site(image_tower(clip.model), site))
+    tower = image_tower(clip.model)
+    found = find_site(tower, site)
+    if target is None:
+        return FrozenClip(clip, found)
+    try:
+        found_target = find_site(tower, target)
+    except ConfigError as error:
+        raise ConfigError(f"target: {error}") from error
+    # As the tower counts layers: the config alone cannot compare 11 with -1.
+    resolved = (
+        replace(one, layer=there.cut.site.layer)
+        for one, there in ((site, found), (target, found_target))
+    )
+    check_target(*resolved)
+    return FrozenClip(clip, found, found_target)
 
 
 def find_site(tower: Tower, site: SiteConfig) -> SiteTokens:
@@ -83,10 +102,20 @@ def read_activations(
     ranks: Ranks = Ranks(),  # noqa: B008  immutable
     progress: bool,
 ) -> ActivationStore:
-    """The activations of the images at the site, from the cache where they are there."""
-    clip, site = frozen
-    encode = SiteEncoder({"x": site})
-    return read_sites(clip, encode, index, data, ranks=ranks, progress=progress)["x"]
+    """The activations of the images at the site, from the cache where they are there.
+
+    With a target its activations are the column y of the same rows. Both come from one pass, and
+    are not put together from caches of the two sites, whose rows may have other orders.
+    """
+    clip, site, target = frozen
+    if target is None:
+        encode = SiteEncoder({"x": site})
+        return read_sites(clip, encode, index, data, ranks=ranks, progress=progress)["x"]
+    encode = SiteEncoder({"x": site, "y": target})
+    made_from = _made_from(clip, site.cut.site.to_json()) | {"target": target.cut.site.to_json()}
+    beside = {"y": target.cut.d_site}
+    rows = {"x": SiteRows(made_from, site.cut.d_site, site.tokens, site.drawn, beside)}
+    return _cache(clip, encode, rows, index, data, ranks=ranks, progress=progress)["x"]
 
 
 class SiteEncoder:

@@ -10,6 +10,7 @@ from clipattr.sae.prefixes import LevelWeights, MatryoshkaSae, NestedTopKSae
 from clipattr.sae.relu import L0, GatedSae, JumpReluSae, ReluSae
 from clipattr.sae.sae import Sae
 from clipattr.sae.topk import BatchTopKSae, TopKSae
+from clipattr.sae.transcoder import Transcoder
 from clipattr.training.sae_member import SaeMember
 
 # These leave 20 to 40 latents active on the planted world. An L0 counts latents, an L1 is in units
@@ -17,22 +18,27 @@ from clipattr.training.sae_member import SaeMember
 L1_WEIGHT, L0_WEIGHT = 0.2, 0.003
 
 
-def build_member(settings: SaeConfig, d_model: int, seed: int) -> SaeMember:
+def build_member(
+    settings: SaeConfig, d_model: int, seed: int, d_out: int | None = None
+) -> SaeMember:
     """One SAE of the grid; all draw from the seed as if they were alone."""
     return SaeMember(
-        build_sae(settings, d_model, seed),
+        build_sae(settings, d_model, seed, d_out),
         lr=settings.lr,
         warmup=settings.warmup,
-        k_aux=settings.k_aux or d_model // 2,
+        k_aux=settings.k_aux or (d_out or d_model) // 2,
         aux_coefficient=settings.aux_coefficient,
         dead_after=settings.dead_after,
         bias=Bias[settings.bias.name],
         from_data=settings.from_data,
+        k_start=settings.k_start,
+        k_steps=settings.k_steps,
+        ema=settings.ema,
     )
 
 
-def build_sae(settings: SaeConfig, d_model: int, seed: int) -> Sae:
-    """Of the architecture, with what it needs."""
+def build_sae(settings: SaeConfig, d_model: int, seed: int, d_out: int | None = None) -> Sae:
+    """Of the architecture, with what it needs; `d_out` is the width of a transcoder's target."""
     shared = {
         "d_model": d_model,
         "n_latents": settings.n_latents,
@@ -66,6 +72,9 @@ def build_sae(settings: SaeConfig, d_model: int, seed: int) -> Sae:
             return NestedTopKSae(
                 **shared, ks=settings.ks, weights=LevelWeights[settings.level_weights.name]
             )
+        case Architecture.transcoder:
+            assert d_out is not None, "a transcoder has a target"
+            return Transcoder(**shared, d_out=d_out, k=settings.k, skip=settings.skip)
 
 
 def _weight(settings: SaeConfig, default: float) -> float:

@@ -24,6 +24,7 @@ from clipattr.report.pareto import SaePoint, pareto_png, pareto_table
 from clipattr.runs import RunFolder
 from clipattr.sae.files import SaeRecord, save_sae
 from clipattr.sae.sae import Sae
+from clipattr.sae.transcoder import Transcoder
 from clipattr.training.activations import ActivationDataModule
 from clipattr.training.sae_module import SaeModule
 from clipattr.training.throughput import Throughput
@@ -46,18 +47,25 @@ def train_sae(config: TrainSae, command: list[str]) -> None:
     if plan.is_finished():
         return
     L.seed_everything(config.seed, workers=True, verbose=False)
-    frozen = load_frozen(config.model, config.site, config.trainer.accelerator)
+    frozen = load_frozen(config.model, config.site, config.trainer.accelerator, config.target)
     run = plan.open()
     bad: list[BadSample] = []
     data = _open_data(config, frozen, bad)
+    d_out = None if frozen.target is None else frozen.target.cut.d_site
     members = {
-        name: build_member(settings, frozen.cut.d_site, config.seed)
+        name: build_member(settings, frozen.cut.d_site, config.seed, d_out)
         for name, settings in config.sae.members().items()
     }
     module = SaeModule(members, n_steps=config.trainer.steps)
     throughput = Throughput(config.sae.batch_size, every=config.trainer.log_every)
-    trainer = build_trainer(config.trainer, run.path, callbacks=[throughput])
+    trainer = build_trainer(
+        config.trainer,
+        run.path,
+        callbacks=[throughput],
+        shard_latents=config.trainer.shard_latents,
+    )
     fit(trainer, module, data, run.path)
+    module.gather()
     if trainer.is_global_zero:
         assert data.store is not None, "it was trained on"
         fingerprint = hash_json(data.store.fingerprint)
@@ -93,7 +101,11 @@ def _open_data(config: TrainSae, frozen: FrozenClip, bad: list[BadSample]) -> Ac
         return store
 
     return ActivationDataModule(
-        open_store, batch_size=config.sae.batch_size, seed=config.seed, n_steps=config.trainer.steps
+        open_store,
+        batch_size=config.sae.batch_size,
+        seed=config.seed,
+        n_steps=config.trainer.steps,
+        fields=("x",) if frozen.target is None else ("x", "y"),
     )
 
 
@@ -104,13 +116,14 @@ def _finish(
     held_out = _read_held_out(frozen, config)
     found: dict[str, dict[str, float]] = {}
     for name, member in module.running.items():
-        sae = member.sae.eval().to(frozen.clip.device)  # the trainer has left it on the CPU
+        sae = member.finish().to(frozen.clip.device)  # the trainer has left it on the CPU
         found[name] = measure(sae, held_out, config.sae.batch_size, name)
         record = SaeRecord(
             site=frozen.cut.site.to_json(),
             model={"name": config.model.name, "weights_sha256": frozen.clip.weights_sha256},
             data_fingerprint=fingerprint,
             metrics=found[name],
+            target_site=None if frozen.target is None else frozen.target.cut.site.to_json(),
         )
         save_sae(sae, run.path / name, record)
     if list(module.by_name) == [""]:
@@ -180,19 +193,23 @@ def measure(sae: Sae, store: ActivationStore, batch_size: int, name: str) -> dic
 
 @torch.no_grad()
 def reconstruct(sae: Sae, store: ActivationStore, batch_size: int) -> ReconstructionResult:
-    """How well the rows of a store are reconstructed, each of which is seen exactly once."""
+    """How well the rows of a store are reconstructed, each of which is seen exactly once.
+
+    Of a transcoder: how well those of its target, the column y.
+    """
     device = sae.W_dec.device
     # Only the first process measures; the others would never come to a gathering.
-    metric = Reconstruction(d_model=sae.d_model, n_latents=sae.n_latents, sync_on_compute=False)
+    metric = Reconstruction(d_model=len(sae.b_dec), n_latents=sae.n_latents, sync_on_compute=False)
     metric.to(device)
     due = _number(store.load("images"), store.load("tokens"))
     proof = ExactOnce(due, sync_on_compute=False)
-    for x, images, tokens in EvaluationStream(
-        store, batch_size=batch_size, fields=("x", "images", "tokens")
+    sites = ("x", "y") if isinstance(sae, Transcoder) else ("x",)
+    for *rows, images, tokens in EvaluationStream(
+        store, batch_size=batch_size, fields=(*sites, "images", "tokens")
     ):
-        rows = x.to(device).float()
-        output = sae(rows)
-        metric.update(rows, output.recon, output.codes)
+        columns = [column.to(device).float() for column in rows]
+        output = sae(columns[0])
+        metric.update(columns[-1], output.recon, output.codes)
         proof.update(_number(images, tokens))
     proof.compute()
     return metric.compute()

@@ -60,7 +60,8 @@ def load_world(config: EvaluateWorld) -> WorldData:
     """Load and check everything; an SAE or a probe of another model is refused."""
     frozen = load_frozen(config.model, SiteConfig(), config.trainer.accelerator)
     model = {"name": config.model.name, "weights_sha256": frozen.clip.weights_sha256}
-    sae, _ = load_sae(Path(config.sae), frozen.cut.site.to_json(), model)
+    site = frozen.cut.site.to_json()
+    sae, _ = load_sae(Path(config.sae), site, model, one_site=True)
     if config.evaluation.overlap_top >= sae.max_active:
         raise ConfigError(
             f"evaluation.overlap_top={config.evaluation.overlap_top}: must be below the "

@@ -11,6 +11,13 @@ from torch import Tensor
 
 from clipattr.errors import CheckpointError, ConfigError
 from clipattr.files import check_field, check_model, check_tensors, load_weights, save_weights
+from clipattr.sae.imported import (
+    RowScaledGatedSae,
+    RowScaledJumpReluSae,
+    RowScaledReluSae,
+    RowScaledTopKSae,
+    SignedTopKSae,
+)
 from clipattr.sae.normalisation import Normalisation
 from clipattr.sae.prefixes import MatryoshkaSae, NestedTopKSae
 from clipattr.sae.relu import GatedSae, JumpReluSae, ReluSae
@@ -30,6 +37,11 @@ _ARCHITECTURES: dict[str, type[Sae]] = {
         MatryoshkaSae,
         NestedTopKSae,
         Transcoder,
+        SignedTopKSae,
+        RowScaledTopKSae,
+        RowScaledReluSae,
+        RowScaledJumpReluSae,
+        RowScaledGatedSae,
     )
 }
 
@@ -38,32 +50,39 @@ _ARCHITECTURES: dict[str, type[Sae]] = {
 class SaeRecord:
     """Where an SAE comes from. `site.layer` is a resolved block number, never counted from the end.
 
-    site: {layer, stream, tokens}; model: {name, weights_sha256}.
+    site: {layer, stream, tokens}; model: {name, weights_sha256}; target_site: as site, what a
+    transcoder reconstructs.
     """
 
     site: dict[str, str | int]
     model: dict[str, str]
     data_fingerprint: str
     metrics: dict[str, float] = field(default_factory=dict)
+    target_site: dict[str, str | int] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a record that does not say for what the SAE was made."""
+        place = {"layer", "stream", "tokens"}
         for name, found, expected in (
-            ("site", set(self.site), {"layer", "stream", "tokens"}),
-            ("model", set(self.model), {"name", "weights_sha256"}),
+            ("site", self.site, place),
+            ("model", self.model, {"name", "weights_sha256"}),
+            ("target_site", self.target_site, place),
         ):
-            if found != expected:
+            if found is not None and set(found) != expected:
                 raise CheckpointError(
                     f"SaeRecord.{name} has keys {sorted(found)}, expected {sorted(expected)}"
                 )
 
 
 _RECORD_FIELDS = tuple(each.name for each in fields(SaeRecord))
-_SCHEMA_VERSION = 2
+_OLD_FIELDS = frozenset({"architecture", "normalisation", *_RECORD_FIELDS}) - {"target_site"}
+_SCHEMA_VERSION = 3
 _SCHEMAS = {
     # As it was when there was TopK alone, with its settings among the fields.
-    1: frozenset({"architecture", "normalisation", *TopKSae.SETTINGS, *_RECORD_FIELDS}),
-    _SCHEMA_VERSION: frozenset({"architecture", "normalisation", "settings", *_RECORD_FIELDS}),
+    1: _OLD_FIELDS | {*TopKSae.SETTINGS},
+    # As it was when a transcoder named the site alone that it reads.
+    2: _OLD_FIELDS | {"settings"},
+    _SCHEMA_VERSION: _OLD_FIELDS | {"settings", "target_site"},
 }
 _FIRST_NORMALISATION = {"centre": "b_dec", "scale": "input_scale"}
 
@@ -73,6 +92,7 @@ def save_sae(sae: Sae, folder: Path | str, record: SaeRecord) -> None:
 
     A standardised SAE is folded, so that W_dec of every file is in the units of x.
     """
+    _check_target(Path(folder) / f"{_STEM}.json", sae.architecture, record.target_site)
     if sae.normalisation is Normalisation.standardise:
         sae = sae.fold()
     description = {
@@ -88,19 +108,42 @@ def load_sae(
     folder: Path | str,
     expected_site: Mapping[str, str | int] | None = None,
     expected_model: Mapping[str, str] | None = None,
+    *,
+    one_site: bool = False,
 ) -> tuple[Sae, SaeRecord]:
-    """Read an SAE onto the CPU, for use (`eval`); whatever does not fit together is refused."""
+    """Read an SAE onto the CPU, for use (`eval`); whatever does not fit together is refused.
+
+    With `one_site` that is also a transcoder, which reconstructs another site than it reads.
+    """
     folder = Path(folder)
     path = folder / f"{_STEM}.json"
     tensors, found = load_weights(folder, _STEM, _SCHEMAS)
     if found["schema_version"] == 1:
         _translate_first(path, found)
+    if found["schema_version"] == _SCHEMA_VERSION:
+        _check_target(path, found["architecture"], found["target_site"])
+    else:
+        found["target_site"] = None
+    if one_site and found["architecture"] == Transcoder.architecture:
+        raise CheckpointError(
+            f"{path}: is a transcoder from {found['site']} to {found['target_site'] or 'a site'}; "
+            "what reads it needs an autoencoder, which reconstructs the site that it reads"
+        )
     if expected_site is not None:
         check_field(path, "site", found["site"], dict(expected_site))
     if expected_model is not None:
         check_model(path, found["model"], expected_model)
     sae = _build(path, found, tensors)
     return sae, SaeRecord(**{name: found[name] for name in _RECORD_FIELDS})
+
+
+def _check_target(path: Path, architecture: object, target: object) -> None:
+    is_transcoder = architecture == Transcoder.architecture
+    if is_transcoder != (target is not None):
+        wanted = "the site that it reconstructs" if is_transcoder else "null"
+        raise CheckpointError(
+            f"{path}: target_site is {target!r}, for architecture {architecture!r} it is {wanted}"
+        )
 
 
 def _translate_first(path: Path, found: dict[str, Any]) -> None:

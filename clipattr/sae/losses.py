@@ -5,9 +5,7 @@ from typing import NamedTuple
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from clipattr.codes import SparseCodes
-from clipattr.sae.kernels import choose
-from clipattr.sae.relative import relative_error
+from clipattr.sae.relative import Average, alone, relative_error, spread_of
 from clipattr.sae.sae import Sae, SaeOutput
 
 
@@ -31,23 +29,29 @@ def sae_loss(
     is_dead: Bool[Tensor, " latent"],
     k_aux: int,
     aux_coefficient: float,
+    average: Average = alone,
 ) -> SaeLoss:
-    """The loss of one batch; `x` is what is reconstructed, for a transcoder the output site."""
-    reconstruction = reconstruction_loss(sae, x, output)
-    penalty = sae.penalty(x, output)
-    auxiliary = auxk_loss(sae, x, output, is_dead, k_aux)
+    """The loss of one batch; `x` is what is reconstructed, for a transcoder the output site.
+
+    Of several processes with a part of the batch each, the mean of theirs is the loss of the whole
+    batch, if `average` is the mean over them.
+    """
+    spread = spread_of(x, sae.error_unit(output), average)
+    reconstruction = reconstruction_loss(sae, x, output, spread)
+    penalty = sae.penalty(x, output, spread)
+    auxiliary = auxk_loss(sae, x, output, is_dead, k_aux, average)
     total = reconstruction + penalty + aux_coefficient * auxiliary
     return SaeLoss(total, reconstruction, penalty, auxiliary)
 
 
 def reconstruction_loss(
-    sae: Sae, x: Float[Tensor, "batch out"], output: SaeOutput
+    sae: Sae, x: Float[Tensor, "batch out"], output: SaeOutput, spread: Float[Tensor, ""]
 ) -> Float[Tensor, ""]:
     """Weighted mean of the relative errors of all parts, the mean predictor having 1."""
     weights = sae.part_weights()
     unit = sae.error_unit(output)
     errors = [
-        weight * relative_error(x, part, unit)
+        weight * relative_error(x, part, spread, unit)
         for weight, part in zip(weights, output.parts, strict=True)
     ]
     return sum(errors[1:], errors[0]) / sum(weights)
@@ -59,6 +63,7 @@ def auxk_loss(
     output: SaeOutput,
     is_dead: Bool[Tensor, " latent"],
     k_aux: int,
+    average: Average = alone,
 ) -> Float[Tensor, ""]:
     """AuxK: the k_aux largest dead latents reconstruct what the live ones left over.
 
@@ -66,12 +71,11 @@ def auxk_loss(
     loss = sum ||e - e_hat||^2 / sum ||e - mean(e)||^2; zero when no latent is dead.
     Reference: Gao et al. 2024, appendix A.2.
     """
-    dead = is_dead.nonzero().squeeze(1)
-    if len(dead) == 0:
+    codes = sae.choose_dead(output, is_dead, k_aux)
+    if codes is None:
         return sae.b_enc.sum() * 0.0
-    indices = dead[output.pre[:, dead].topk(min(k_aux, len(dead)), dim=-1).indices]
-    values = choose(output.pre, indices, output.inputs, sae.W_enc, sae.b_enc)
-    codes = SparseCodes(indices, values.relu() * output.unit, sae.n_latents)
     # Detached: the live latents must not learn to leave something over for the dead ones.
     residual = (x - output.recon).detach()
-    return relative_error(residual, sae.combine(codes), sae.error_unit(output))
+    unit = sae.error_unit(output)
+    spread = spread_of(residual, unit, average)
+    return relative_error(residual, sae.combine(codes), spread, unit)

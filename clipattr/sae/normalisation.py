@@ -2,10 +2,13 @@
 
 import math
 from enum import Enum
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from clipattr.errors import DataError
 
@@ -85,3 +88,39 @@ def normalise_layer(
     scale = deviation.square().mean(-1, keepdim=True).sqrt()
     scale = scale.where(scale > 0, 1.0)
     return deviation / scale, scale
+
+
+def bias_of_centred(
+    b_enc: Float[Tensor, " latent"],
+    centre: Float[Tensor, " model"],
+    W_enc: Float[Tensor, "latent model"],
+    scale: Float[Tensor, ""],
+) -> Float[Tensor, " latent"]:
+    """b_enc, with the gradient that z = W_enc (x - centre) / scale + b_enc has for the centre.
+
+    One product of a vector and W_enc: without it the gradient of all inputs would be needed, which
+    is rows times as much.
+    """
+    return cast(Tensor, _BiasOfCentred.apply(b_enc, centre, W_enc, scale))
+
+
+class _BiasOfCentred(Function):
+    @staticmethod
+    def forward(ctx: Any, b_enc: Tensor, centre: Tensor, W_enc: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(W_enc, scale)
+        return b_enc.view_as(b_enc)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  of a decorator
+        ctx: Any, *gradients: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        W_enc, scale = ctx.saved_tensors
+        for_bias, for_centre, _, _ = ctx.needs_input_grad
+        return (
+            gradient if for_bias else None,
+            -(gradient @ W_enc) / scale if for_centre else None,
+            None,
+            None,
+        )

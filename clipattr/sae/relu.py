@@ -50,7 +50,7 @@ class _DenseSae(Sae):
 
     def pre_activations(self, inputs: Float[Tensor, "row model"]) -> Float[Tensor, "row latent"]:
         """Z = W_enc u + b_enc."""
-        return functional.linear(inputs, self.W_enc, self.b_enc)
+        return functional.linear(inputs, self.W_enc, self.encoder_bias)
 
     def activate(self, pre: Float[Tensor, "row latent"]) -> Float[Tensor, "row latent"]:
         """act(z) of every latent."""
@@ -93,9 +93,11 @@ class ReluSae(_DenseSae):
         """ReLU(z)."""
         return pre.relu()
 
-    def penalty(self, target: Float[Tensor, "row out"], output: SaeOutput) -> Float[Tensor, ""]:
+    def penalty(
+        self, target: Float[Tensor, "row out"], output: SaeOutput, spread: Float[Tensor, ""]
+    ) -> Float[Tensor, ""]:
         """The relative L1, times lambda."""
-        return self.sparsity * _relative_l1(self, target, output, output.pre.relu())
+        return self.sparsity * _relative_l1(self, output, output.pre.relu(), spread)
 
 
 class GatedSae(_DenseSae):
@@ -135,12 +137,15 @@ class GatedSae(_DenseSae):
         magnitude = self.r_mag.exp() * (pre - self.b_enc) + self.b_mag
         return magnitude.relu() * (pre > 0)
 
-    def penalty(self, target: Float[Tensor, "row out"], output: SaeOutput) -> Float[Tensor, ""]:
+    def penalty(
+        self, target: Float[Tensor, "row out"], output: SaeOutput, spread: Float[Tensor, ""]
+    ) -> Float[Tensor, ""]:
         """The gate must be sparse, and reconstruct with the decoder as it is."""
         gate = output.pre.relu()
         combined = self.in_raw_units((gate * output.unit) @ self.W_dec.detach())
-        error = relative_error(target, combined + self.b_dec.detach(), self.error_unit(output))
-        return self.sparsity * _relative_l1(self, target, output, gate) + error
+        recon = combined + self.b_dec.detach()
+        error = relative_error(target, recon, spread, self.error_unit(output))
+        return self.sparsity * _relative_l1(self, output, gate, spread) + error
 
     def _fold_rest(self, shift: Tensor) -> dict[str, Tensor]:
         # b_enc is not in m, so the centre must be taken away here as well.
@@ -210,7 +215,9 @@ class JumpReluSae(_DenseSae):
             return pre > self.log_theta.exp() - self.bandwidth / 2
         return activations > 0
 
-    def penalty(self, target: Float[Tensor, "row out"], output: SaeOutput) -> Float[Tensor, ""]:
+    def penalty(
+        self, target: Float[Tensor, "row out"], output: SaeOutput, spread: Float[Tensor, ""]
+    ) -> Float[Tensor, ""]:
         """The L0, times lambda."""
         if self.l0 is L0.tanh:
             count = (4 * self.activate(output.pre)).tanh()
@@ -263,9 +270,9 @@ def _is_near(z: Tensor, theta: Tensor, bandwidth: float) -> Tensor:
     return (z - theta).abs() < bandwidth / 2
 
 
-def _relative_l1(sae: Sae, target: Tensor, output: SaeOutput, activations: Tensor) -> Tensor:
+def _relative_l1(sae: Sae, output: SaeOutput, activations: Tensor, spread: Tensor) -> Tensor:
     """Of activations in units of s, which are non-negative."""
     # By a layer norm's s the error of each row is divided as well.
     is_layer_norm = sae.normalisation is Normalisation.layer_norm
     values = activations if is_layer_norm else activations * output.unit
-    return relative_sum(values, target, sae.error_unit(output))
+    return relative_sum(values, spread)

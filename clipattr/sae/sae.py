@@ -5,15 +5,18 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Generator, Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import get_total_norm
 
 from clipattr.codes import SparseCodes
 from clipattr.errors import ConfigError
+from clipattr.sae import kernels
 from clipattr.sae.initial import Bias, centre_of, point_at
 from clipattr.sae.normalisation import (
     Normalisation,
+    bias_of_centred,
     measure_statistics,
     neutral_statistics,
     normalise_layer,
@@ -149,11 +152,21 @@ class Sae(nn.Module):
     def normalise(
         self, x: Float[Tensor, "*rows model"]
     ) -> tuple[Float[Tensor, "*rows model"], Float[Tensor, "..."]]:
-        """The encoder's input u, and the unit s of the activations."""
+        """The encoder's input u, and the unit s of the activations.
+
+        A centre that is learned has its gradient through `encoder_bias`.
+        """
         if self.normalisation is Normalisation.layer_norm:
             return normalise_layer(x)
         centre, divisor = self._affine()
-        return (x - centre) / divisor, self.unit
+        return (x - centre.detach()) / divisor, self.unit
+
+    @property
+    def encoder_bias(self) -> Float[Tensor, " latent"]:
+        """b_enc, through which b_dec gets the gradient that it has as the centre of the input."""
+        if self.normalisation is not Normalisation.scale:
+            return self.b_enc
+        return bias_of_centred(self.b_enc, self.centre, self.W_enc, self.input_scale)
 
     def _affine(self) -> tuple[Tensor, Tensor]:
         """The centre and divisor of u = (x - centre) / divisor."""
@@ -208,6 +221,17 @@ class Sae(nn.Module):
         """The active latents and act(z_j), in units of s."""
         raise NotImplementedError
 
+    def choose_dead(
+        self, output: SaeOutput, is_dead: Bool[Tensor, " latent"], k: int
+    ) -> SparseCodes | None:
+        """The k largest dead latents of each row, for AuxK; None where no latent is dead."""
+        dead = is_dead.nonzero().squeeze(1)
+        if len(dead) == 0:
+            return None
+        indices = dead[kernels.top_k(output.pre[:, dead], min(k, len(dead)))]
+        values = kernels.choose(output.pre, indices, output.inputs, self.W_enc, self.encoder_bias)
+        return SparseCodes(indices, values.relu() * output.unit, self.n_latents)
+
     def combine(self, codes: SparseCodes) -> Float[Tensor, "*rows out"]:
         """Sum of a_j v_j in the units of x, without b_dec."""
         return self.in_raw_units(codes.decode(self.W_dec))
@@ -226,8 +250,10 @@ class Sae(nn.Module):
         """What the error of each part counts in the loss."""
         return (1.0,)
 
-    def penalty(self, target: Float[Tensor, "row out"], output: SaeOutput) -> Float[Tensor, ""]:
-        """What is minimised beside the error."""
+    def penalty(
+        self, target: Float[Tensor, "row out"], output: SaeOutput, spread: Float[Tensor, ""]
+    ) -> Float[Tensor, ""]:
+        """What is minimised beside the error; `spread` is what that is divided by."""
         return target.new_zeros(())
 
     def error_unit(self, output: SaeOutput) -> Float[Tensor, "..."] | None:
@@ -239,6 +265,10 @@ class Sae(nn.Module):
                 return self.input_spread
             case _:
                 return None
+
+    def gradient_norm(self) -> Float[Tensor, ""]:
+        """Of all parameters together."""
+        return get_total_norm([one.grad for one in self.parameters() if one.grad is not None])
 
     def update_statistics(self, output: SaeOutput) -> tuple[Tensor, ...]:
         """Take in one training step; the buffers that changed, to be averaged over processes."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from math import gcd, lcm
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from torch import Tensor
 
 from clipattr.data import ActivationStore, ActivationStream, Ranks
@@ -66,12 +66,14 @@ class ActivationDataModule(StreamDataModule):
             )
             self.store = self.open_store(ranks)
 
-    def first_rows(self, n_rows: int) -> Float[Tensor, "row width"]:
-        """Some rows to initialise from: the first of the store, which are mixed."""
+    def first_rows(self, n_rows: int) -> tuple[Shaped[Tensor, "row ..."], ...]:
+        """Some rows to initialise from, field by field: the first of the store, which are mixed."""
         assert self.store is not None, "after setup"
-        rows = self.store.column("x").empty(min(n_rows, self.store.n_rows))
-        self.store.read_run("x", 0, rows)
-        return rows.float()
+        found = []
+        for name in self.fields:
+            found.append(self.store.column(name).empty(min(n_rows, self.store.n_rows)))
+            self.store.read_run(name, 0, found[-1])
+        return widen(*found)
 
     def describe_batch(self, t: int) -> str:
         """Of which images its rows are, over all devices, or the broken ones of them."""
@@ -79,7 +81,11 @@ class ActivationDataModule(StreamDataModule):
         assert store is not None, "after setup"
         assert isinstance(stream, ActivationStream), "after train_dataloader"
         rows = torch.from_numpy(stream.order.rows_of_batch(t, range(stream.order.lanes)))
-        broken = rows[~store.read(rows).isfinite().all(dim=1)]
+        is_broken = [
+            ~found.isfinite().reshape(len(rows), -1).all(dim=1)
+            for found in (store.read(rows, name) for name in self.fields)
+        ]
+        broken = rows[torch.stack(is_broken).any(dim=0)]
         chosen = broken if len(broken) else rows
         images = sorted(set(store.read(chosen, "images").tolist()))
         names = ", ".join(store.keys[image] for image in images[:NAMED])

@@ -7,13 +7,18 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, distributed, nn
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_
 
+from clipattr.errors import ConfigError
+from clipattr.sae.averaging import AveragedSae
 from clipattr.sae.constraints import normalise_decoder_, remove_parallel_gradient_
 from clipattr.sae.dead import FiringHistory
 from clipattr.sae.initial import Bias
 from clipattr.sae.losses import SaeLoss, sae_loss
+from clipattr.sae.relative import Average, alone
 from clipattr.sae.sae import Sae, SaeOutput
+from clipattr.sae.sharded import ShardedTopKSae
+from clipattr.sae.topk import TopKSae
 
 
 class SaeStep(NamedTuple):
@@ -38,8 +43,25 @@ class SaeMember(nn.Module):
         dead_after: int,
         bias: Bias = Bias.mean,
         from_data: bool = False,
+        k_start: int | None = None,
+        k_steps: int = 0,
+        ema: float | None = None,
     ) -> None:
-        """No latent is dead at first."""
+        """No latent is dead at first.
+
+        Args:
+            sae: what is trained.
+            lr: peak of Adam.
+            warmup: steps until then.
+            k_aux: dead latents that model the residual.
+            aux_coefficient: weight of that.
+            dead_after: rows without firing after which a latent is dead.
+            bias: where b_dec starts.
+            from_data: latents start at rows, and not at random.
+            k_start: k of the first step, of an SAE that has a k.
+            k_steps: steps in which it falls to the SAE's own, linearly.
+            ema: decay of a running mean of the weights, which is what comes out then.
+        """
         super().__init__()
         self.sae = sae
         self.history = FiringHistory(sae.n_latents)
@@ -50,22 +72,65 @@ class SaeMember(nn.Module):
         self.dead_after = dead_after
         self.bias = bias
         self.from_data = from_data
+        self.k_start = k_start
+        self.k_steps = k_steps
+        self.k_end = sae.k if isinstance(sae, TopKSae) else None
+        if k_start is not None and not (self.k_end and self.k_end <= k_start <= sae.n_latents):
+            raise ConfigError(
+                f"k_start={k_start} for a {type(sae).__name__} of {sae.n_latents} latents with "
+                f"{f'k={self.k_end}' if self.k_end else 'no k'}: it lies between the two"
+            )
+        self.averaged = None if ema is None else AveragedSae(sae, ema)
 
-    def initialise_from(self, rows: Float[Tensor, "row model"]) -> None:
-        """Mean and scale from the first rows."""
-        self.sae.initialise_from(rows, bias=self.bias, from_data=self.from_data)
+    def initialise_from(self, *columns: Float[Tensor, "row _"]) -> None:
+        """Mean and scale from the first rows; of a transcoder, from those of both sites."""
+        self.sae.initialise_from(*columns, bias=self.bias, from_data=self.from_data)
 
-    def forward(self, x: Float[Tensor, "batch model"]) -> SaeStep:
-        """One step on raw activations, which changes nothing yet."""
+    def shard(self, rank: int, world_size: int) -> None:
+        """Keep the latents of this process; after `initialise_from`, which is for all of them."""
+        self.sae = ShardedTopKSae(self.sae, rank, world_size)
+        self.history = FiringHistory(self.sae.n_latents)
+        if self.averaged is not None:
+            self.averaged = AveragedSae(self.sae, self.averaged.decay)
+
+    def gather(self, device: torch.device) -> None:
+        """The opposite of `shard`, at the end: the first process has all latents, on the CPU.
+
+        `device` is where the processes exchange tensors.
+        """
+        sae = self.finish().to(device)
+        assert isinstance(sae, ShardedTopKSae), "after shard"
+        self.sae, self.averaged = sae.gather() or sae, None
+
+    def anneal(self, step: int) -> None:
+        """Set the k of that step."""
+        if self.k_start is not None and self.k_end is not None:
+            assert isinstance(self.sae, TopKSae), "it has a k"
+            share = min(step / max(self.k_steps, 1), 1.0)
+            self.sae.k = round(self.k_start + share * (self.k_end - self.k_start))
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch model"],
+        target: Float[Tensor, "batch out"] | None = None,
+        *,
+        average: Average = alone,
+    ) -> SaeStep:
+        """One step on raw activations, which changes nothing yet.
+
+        `target` is what a transcoder reconstructs. `average` is the mean over processes, each of
+        which has a part of the batch.
+        """
         output = self.sae(x)
         is_dead = self.history.is_dead(self.dead_after)
         loss = sae_loss(
             self.sae,
-            x,
+            x if target is None else target,
             output,
             is_dead=is_dead,
             k_aux=self.k_aux,
             aux_coefficient=self.aux_coefficient,
+            average=average,
         )
         return SaeStep(output, loss, is_dead)
 
@@ -89,17 +154,29 @@ class SaeMember(nn.Module):
 
     def clip_gradient(self, limit: float | None) -> bool:
         """Clip its norm; whether there is a finite one."""
-        norm = clip_grad_norm_(self.sae.parameters(), math.inf if limit is None else limit)
-        return bool(norm.isfinite())
+        parameters = list(self.sae.parameters())
+        norm = self.sae.gradient_norm()
+        # Read on the host once, as whether it is finite must be; most gradients are left alone.
+        size = norm.item()
+        if limit is not None and size > limit:
+            clip_grads_with_norm_(parameters, limit, norm)
+        return math.isfinite(size)
 
     def drop_gradient(self) -> None:
         """The optimiser leaves out what has none, moments included."""
         for parameter in self.sae.parameters():
             parameter.grad = None
 
-    def normalise_decoder(self) -> None:
-        """After the optimiser's step."""
+    def after_step(self) -> None:
+        """Unit directions again, and what is averaged."""
         normalise_decoder_(self.sae.W_dec)
+        if self.averaged is not None:
+            self.averaged.update(self.sae)
+
+    def finish(self) -> Sae:
+        """What has been trained, for use."""
+        sae = self.sae if self.averaged is None else self.averaged.finish(self.sae)
+        return sae.eval()
 
 
 def zero_of(members: Iterable[SaeMember]) -> Float[Tensor, ""]:

@@ -14,6 +14,7 @@ from clipattr.errors import DataError
 from clipattr.training.activations import ActivationDataModule
 from clipattr.training.optim import warmup_hold_decay, with_schedule
 from clipattr.training.sae_member import SaeMember, SaeStep, zero_of
+from clipattr.training.sharded import gather_checkpoint, is_sharded, n_parts, slice_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -52,18 +53,23 @@ class SaeModule(L.LightningModule):
         """Mean and scale from the first rows; DDP wraps and checkpoints are restored later."""
         rows = self.data.first_rows(INIT_ROWS)
         for member in self.by_name.values():
-            member.initialise_from(rows)
+            member.initialise_from(*rows)
+            if is_sharded(self.trainer):
+                member.shard(self.trainer.global_rank, self.trainer.world_size)
 
     def training_step(
-        self, batch: tuple[Float[Tensor, "batch model"]], batch_idx: int
+        self, batch: tuple[Float[Tensor, "batch _"], ...], batch_idx: int
     ) -> Float[Tensor, ""]:
-        """One step of all that are running, on raw activations."""
-        (x,) = batch
-        steps = {name: member(x) for name, member in self.running.items()}
+        """One step of all that are running, on raw activations: x, of transcoders x and y."""
+        for member in self.running.values():
+            member.anneal(self.trainer.global_step)
+        steps = {
+            name: member(*batch, average=self._average) for name, member in self.running.items()
+        }
         is_finite = self._agree([step.loss.total for step in steps.values()])
         self._stop([name for name, fine in zip(steps, is_finite, strict=True) if not fine], "loss")
         for name, member in self.running.items():
-            member.take_in(steps[name].output, self.trainer.world_size)
+            member.take_in(steps[name].output, n_parts(self.trainer))
             self._log_step(name, steps[name])
         for name in self.failures:
             self.log(f"{name}/fvu", torch.nan)  # or a logger repeats the last number
@@ -77,7 +83,16 @@ class SaeModule(L.LightningModule):
         prefix, is_alone = name or "train", len(self.by_name) == 1
         self.log(f"{prefix}/fvu", step.loss.reconstruction.detach(), prog_bar=is_alone)
         self.log(f"{prefix}/aux", step.loss.auxiliary.detach())
-        self.log(f"{prefix}/dead", step.is_dead.double().mean(), prog_bar=is_alone)
+        dead, is_part = step.is_dead.double().mean(), is_sharded(self.trainer)
+        self.log(f"{prefix}/dead", dead, prog_bar=is_alone, sync_dist=is_part)
+
+    def _average(self, value: Tensor) -> Tensor:
+        """Over all ranks."""
+        if n_parts(self.trainer) == 1:
+            return value
+        total = value.clone()
+        distributed.all_reduce(total)
+        return total / self.trainer.world_size
 
     def _agree(self, losses: list[Tensor]) -> list[bool]:
         """Which of them are finite on all ranks."""
@@ -124,12 +139,12 @@ class SaeModule(L.LightningModule):
         """Renormalise here: checkpoints are written before on_train_batch_end of the module."""
         super().optimizer_step(*arguments, **keywords)  # pyright: ignore[reportArgumentType]
         for member in self.running.values():
-            member.normalise_decoder()
+            member.after_step()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Adam without weight decay, with a rate and a schedule for each."""
         members = self.by_name.values()
-        groups = [{"params": list(one.sae.parameters()), "lr": one.lr} for one in members]
+        groups = [{"params": list(one.sae.named_parameters()), "lr": one.lr} for one in members]
         optimizer = torch.optim.Adam(groups, fused=True)
         return with_schedule(
             optimizer, [warmup_hold_decay(m.warmup, self.n_steps) for m in members]
@@ -138,7 +153,17 @@ class SaeModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A resumed run does not wake what was stopped."""
         checkpoint["failures"] = dict(self.failures)
+        if is_sharded(self.trainer):
+            gather_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """As it was saved."""
         self.failures = dict(checkpoint["failures"])
+        if is_sharded(self.trainer):
+            slice_checkpoint(checkpoint, self.trainer.global_rank, self.trainer.world_size)
+
+    def gather(self) -> None:
+        """After training: the first process has every SAE as a whole, if latents were divided."""
+        if is_sharded(self.trainer):
+            for member in self.running.values():
+                member.gather(self.trainer.strategy.root_device)

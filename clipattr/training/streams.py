@@ -10,6 +10,8 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar, runtime_checkabl
 
 import lightning as L
 
+from clipattr.training.sharded import is_sharded, n_parts
+
 Batch = TypeVar("Batch", covariant=True)
 
 
@@ -66,8 +68,8 @@ class StreamDataModule(L.LightningDataModule, ABC):
         """The stream, from the resumed step on."""
         trainer = self.running_trainer
         place = Place(
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
+            rank=0 if is_sharded(trainer) else trainer.global_rank,
+            world_size=n_parts(trainer),
             local_world_size=trainer.num_devices,
             pin_memory=trainer.strategy.root_device.type == "cuda",
         )

@@ -18,6 +18,7 @@ from clipattr.config.schema import DeviceConfig, TrainerConfig
 from clipattr.errors import ConfigError, Stopped
 from clipattr.training.checkpoints import AtomicCheckpointIO, SameStart, newest_valid
 from clipattr.training.preemption import Preemption
+from clipattr.training.sharded import ShardedStrategy
 
 CHECKPOINTS = "checkpoints"
 EXPECTED_WARNINGS = (
@@ -56,9 +57,16 @@ def choose_accelerator(wanted: str) -> str:
 
 
 def build_trainer(
-    settings: TrainerConfig, folder: Path, *, callbacks: list[Callback] | None = None
+    settings: TrainerConfig,
+    folder: Path,
+    *,
+    callbacks: list[Callback] | None = None,
+    shard_latents: bool = False,
 ) -> L.Trainer:
-    """A trainer that logs to `folder` and saves its checkpoints there."""
+    """A trainer that logs to `folder` and saves its checkpoints there.
+
+    With `shard_latents` several processes divide the latents of an SAE among them, and not rows.
+    """
     _silence_what_is_wanted()
     checkpoint = ModelCheckpoint(
         dirpath=folder / CHECKPOINTS,
@@ -71,7 +79,7 @@ def build_trainer(
     return L.Trainer(
         accelerator=choose_accelerator(settings.accelerator),
         devices=settings.devices,
-        strategy=_strategy(settings),
+        strategy=_strategy(settings, shard_latents),
         max_steps=settings.steps,
         max_epochs=-1,
         precision="bf16-mixed" if settings.precision is Precision.bf16 else "32-true",
@@ -139,9 +147,11 @@ def fit(
         )
 
 
-def _strategy(settings: TrainerConfig) -> str | DDPStrategy:
+def _strategy(settings: TrainerConfig, shard_latents: bool) -> str | DDPStrategy:
     if settings.devices == 1:
         return "auto"
+    if shard_latents:
+        return ShardedStrategy(timeout=timedelta(minutes=30))
     # Counters differ between ranks on purpose, so rank 0 must not overwrite them. The time limit
     # turns a hang into an error; a rank may wait that long for another one's part of the cache.
     return DDPStrategy(
