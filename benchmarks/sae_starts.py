@@ -59,7 +59,7 @@ class Setting(NamedTuple):
     normalisation: Normalisation = Normalisation.scale
     bias: Bias = Bias.mean
     from_data: bool = False
-    change: Callable[[Sae], None] = lambda _: None
+    change: Callable[[Sae], object] = lambda _: None
     clip: float = 1.0  # the largest norm of the gradient; it is about 0.02 to 0.2
     weight: float | None = None  # of the penalty, to begin with, where an L0 has to be found
 
@@ -167,10 +167,12 @@ class Study(NamedTuple):
         settings = {
             "mean, random, tied (ours)": plain,
             "b_dec: geometric median": plain._replace(bias=Bias.geometric_median),
-            "b_dec: zeros": plain._replace(change=forget_centre),
+            "b_dec: zeros": plain._replace(change=lambda sae: sae.b_dec.data.zero_()),
             "latents: from data": plain._replace(from_data=True),
             "encoder: untied, random": plain._replace(change=untie),
-            "encoder: tied, half as long": plain._replace(change=shorten),
+            "encoder: tied, half as long": plain._replace(
+                change=lambda sae: sae.W_enc.data.mul_(0.5)
+            ),
             "gradient: always of norm 0.01": plain._replace(clip=0.01),
         }
         self.compare("Starts", settings)
@@ -208,22 +210,10 @@ def next_weight(tried: Sequence[tuple[float, float]], start: float) -> float:
 
 
 @torch.no_grad()
-def forget_centre(sae: Sae) -> None:
-    """B_dec as libraries have it that do not look at the data."""
-    sae.b_dec.zero_()
-
-
-@torch.no_grad()
 def untie(sae: Sae) -> None:
     """An encoder of directions of its own."""
     generator = torch.Generator().manual_seed(0)  # those of the models begin at 1
     sae.W_enc.copy_(normalize(torch.randn(sae.W_enc.shape, generator=generator), dim=1))
-
-
-@torch.no_grad()
-def shorten(sae: Sae) -> None:
-    """Less overshoot: k directions that overlap reconstruct too much at first."""
-    sae.W_enc.mul_(0.5)
 
 
 @torch.no_grad()
@@ -288,22 +278,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help=f"of {BATCH} rows")
     parser.add_argument("--lrs", type=float, nargs="+", default=[4e-3, 8e-3, 1.6e-2, 3.2e-2])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--shards", help="images to read rows from, for --write")
     parser.add_argument("--layer", type=int, default=-1)
     parser.add_argument("--tokens", choices=[one.name for one in Tokens], default="cls")
     parser.add_argument("--cache", default="runs/cache")
     parser.add_argument("--write", type=Path, help="where the rows of --shards are written")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     if options.write:
         write_rows(options.shards, options.layer, options.tokens, options.cache, options.write)
         return
     n_rows = options.steps * BATCH
     rows, k = (read_rows(options.rows), ROW_K) if options.rows else (synthetic(n_rows), ACTIVE)
     study = Study(rows, N_LATENTS, k, options.steps, options.lrs, options.seeds)
-    print(f"{options.rows or 'synthetic'}: {len(rows.train)} rows of {rows.width} numbers")
-    print(f"{N_LATENTS} latents, k = {k}, after {n_rows} rows")
+    print(f"{options.rows or 'synthetic'}: {rows.width} -> {N_LATENTS}, k = {k}, {n_rows} rows")
     for name in options.only.split(","):
         questions[name](study)
 

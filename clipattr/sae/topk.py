@@ -7,16 +7,12 @@ from torch import Generator, Tensor
 from clipattr.codes import SparseCodes, pack
 from clipattr.errors import ConfigError
 from clipattr.sae import kernels
-from clipattr.sae.initial import Bias
 from clipattr.sae.normalisation import Normalisation
 from clipattr.sae.sae import Sae, SaeOutput
 
 # Weight of the newest batch in the running threshold of BatchTopK, which remembers about twenty.
 # The smallest of k * rows values has little noise, while it moves as long as training does.
 THRESHOLD_RATE = 0.05
-
-# Rows that the length of the encoder is fitted to: one number needs no more.
-LENGTH_ROWS = 1024
 
 
 class TopKSae(Sae):
@@ -59,31 +55,6 @@ class TopKSae(Sae):
     def max_active(self) -> int:
         """K of them."""
         return self.k
-
-    @torch.no_grad()
-    def initialise_from(
-        self,
-        rows: Float[Tensor, "batch model"],
-        *,
-        bias: Bias = Bias.mean,
-        from_data: bool = False,
-    ) -> None:
-        """As all SAEs, and with an encoder as long as reconstructs best.
-
-        The k directions that resemble a row most resemble each other: at unit length their sum is
-        about twice as long as the row.
-        """
-        super().initialise_from(rows, bias=bias, from_data=from_data)
-        rows = rows[:LENGTH_ROWS].to(self.b_dec.dtype)
-        inputs, unit = self.normalise(rows)
-        pre = self.pre_activations(inputs)
-        indices = kernels.top_k(pre, self.k)
-        values = pre.gather(1, indices).relu() * unit
-        combined = self.combine(SparseCodes(indices, values, self.n_latents))
-        length = (combined * (rows - self.b_dec)).sum() / combined.square().sum()
-        length = length.where(length > 0, 1.0)  # nothing is active, or points away
-        self.W_enc.mul_(length)
-        self.b_enc.mul_(length)
 
     def pre_activations(self, inputs: Float[Tensor, "row model"]) -> Float[Tensor, "row latent"]:
         """Z = W_enc u + b_enc without a gradient, to choose from."""
