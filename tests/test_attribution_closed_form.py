@@ -3,15 +3,17 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm
 
 from clipattr.attribution.closed_form import (
     LastLayerHead,
     build_lens_table,
     class_attributions,
     closed_form_attribution,
-    reliance_matrix,
+    lens_parts,
 )
 from clipattr.attribution.gradients import attribution_patching
+from clipattr.attribution.reliance import add_reliance, empty_reliance, reliance_matrix
 from clipattr.attribution.score import HeadScore
 from clipattr.codes import SparseCodes
 
@@ -90,6 +92,56 @@ def test_reliance_matrix_equals_a_loop_over_rows_and_slots(
                 expected[target, codes.indices[image, slot]] += attributions[image, slot]
     actual = reliance_matrix(head, table, x, codes, W_dec)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_parts_of_the_lens_add_up_and_the_lens_is_image_free_up_to_a_scale(
+    head: LastLayerHead, activations: Activations
+):
+    x, codes, W_dec = activations
+    targets = torch.tensor([0, 3, 6, 3, 1, 2])
+    table = build_lens_table(head, W_dec)
+    parts = lens_parts(head, table, x, codes, W_dec, targets)
+    expected = autograd_attribution(head, activations, targets)
+    found = parts.lens - parts.along_embedding - parts.along_state
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    for image in range(BATCH):
+        centred = W_dec[codes.indices[image]]
+        centred = centred - centred.mean(dim=1, keepdim=True)
+        row = head.weights[targets[image]]
+        lens = codes.values[image] * ((centred * head.gamma) @ head.projection @ row)
+        normed = layer_norm(x[image], (MODEL,), head.gamma, head.beta, head.eps)
+        embedding = normed @ head.projection + head.bias
+        scale = (x[image].var(correction=0) + head.eps).sqrt() * embedding.norm()
+        torch.testing.assert_close(parts.lens[image], lens / scale)
+    # Latents along the embedding and along the state are where the lens is wrong.
+    assert min(part.abs().max() for part in parts) > 0.01
+
+
+def test_reliance_of_another_head_needs_no_second_pass(
+    head: LastLayerHead, activations: Activations
+):
+    x, codes, W_dec = activations
+    sums = empty_reliance(build_lens_table(head, W_dec))
+    for rows in torch.arange(BATCH).split(4):
+        few = build_lens_table(head._replace(weights=head.weights[:1]), W_dec)
+        add_reliance(sums, head, few, x[rows], codes.select(rows), W_dec)
+    other = head._replace(weights=head.weights.flip(0)[:3])
+    found = sums.matrix(other, build_lens_table(other, W_dec))
+    expected = reliance_matrix(head, build_lens_table(head, W_dec), x, codes, W_dec)
+    torch.testing.assert_close(found, expected.flip(0)[:3], rtol=1e-10, atol=1e-13)
+
+
+def test_reliance_touches_the_rows_of_active_latents_alone(
+    head: LastLayerHead, activations: Activations
+):
+    x, codes, W_dec = activations
+    table = build_lens_table(head, W_dec)
+    sums = empty_reliance(table)
+    add_reliance(sums, head, table, x, codes, W_dec)
+    active = set(codes.indices[codes.is_active].tolist())
+    for latent in range(LATENTS):
+        assert bool(sums.state[latent].abs().sum() > 0) == (latent in active)
+        assert bool(sums.scale[latent] > 0) == (latent in active)
 
 
 def test_reliance_matrices_of_batches_add_up(head: LastLayerHead, activations: Activations):

@@ -6,13 +6,14 @@ from torch import Tensor, nn
 
 from clipattr.attribution.curves import (
     area_under,
+    both_curves,
     completeness_gap,
     deletion_curve,
     insertion_curve,
 )
 from clipattr.attribution.exact import exact_patching
 from clipattr.attribution.gradients import attribution_patching, integrated_gradients
-from clipattr.attribution.ranking import active_order
+from clipattr.attribution.ranking import active_order, steps_of
 from clipattr.attribution.score import HeadScore, clean_scores
 from clipattr.codes import SparseCodes
 from clipattr.errors import ConfigError
@@ -116,11 +117,45 @@ def test_curves_leave_the_activations_alone():
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("n_steps", [0, ACTIVE + 1])
-def test_impossible_number_of_steps_is_refused(n_steps: int):
+def test_a_curve_without_a_step_is_refused():
     _, _, codes, _ = case = build_case()
-    with pytest.raises(ConfigError, match=rf"n_steps={n_steps}.*1 to {ACTIVE}"):
-        deletion_curve(*case, active_order(codes.values, codes), n_steps=n_steps)
+    with pytest.raises(ConfigError, match="n_steps=0"):
+        deletion_curve(*case, active_order(codes.values, codes), n_steps=0)
+
+
+def test_curves_stay_flat_where_no_latent_is_left():
+    """Image 1 has two active latents, the others five: what ReLU and BatchTopK SAEs give."""
+    score, x, codes, W_dec = case = build_case()
+    order = active_order(codes.values, codes)
+    deleted = deletion_curve(*case, order, n_steps=ACTIVE + 3)
+    inserted = insertion_curve(*case, order, n_steps=ACTIVE + 3)
+    assert deleted.shape == inserted.shape == (BATCH, ACTIVE + 4)
+    for curve, end in ((deleted, x - codes.decode(W_dec)), (inserted, x)):
+        assert curve[:, ACTIVE:].eq(curve[:, [ACTIVE]]).all()
+        torch.testing.assert_close(curve[:, -1], clean_scores(score, end))
+        assert curve[1, 2:].eq(curve[1, 2]).all()
+
+
+def test_several_orders_share_what_they_have_in_common():
+    score, x, codes, W_dec = case = build_case()
+    calls: list[int] = []
+
+    def counted(rows: Tensor, images: Tensor) -> Tensor:
+        calls.append(len(rows))
+        return score(rows, images)
+
+    first = active_order(codes.values, codes)
+    swapped = first[:, [1, 0, 2, 3, 4]]
+    orders = torch.stack([first, swapped, first])
+    curves = both_curves(counted, x, codes, W_dec, steps_of(orders), n_steps=ACTIVE, chunk_rows=7)
+    for number, order in enumerate(orders):
+        torch.testing.assert_close(curves.deletion[number], deletion_curve(*case, order, ACTIVE))
+        torch.testing.assert_close(curves.insertion[number], insertion_curve(*case, order, ACTIVE))
+    # Of one image: 6 + 6 points, of which both ends are the same; the second order differs after
+    # one step alone, in both curves; with two active latents there are four sets.
+    assert curves.n_run == sum(calls) == 3 * 12 + 4
+    assert curves.n_points == 3 * 2 * BATCH * (ACTIVE + 1)
+    assert max(calls) <= 7
 
 
 def test_area_under_is_the_trapezoid_divided_by_the_steps():

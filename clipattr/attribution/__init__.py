@@ -1,4 +1,9 @@
-"""Why a prediction came out: functions of a score, activations and sparse codes."""
+"""Why a prediction came out: functions of a score, activations and sparse codes.
+
+Everywhere: `score`, `contrast`; references; the methods; `merge_tokens`; orders and curves. At the
+last layer's class token the same in closed form: `closed_form_attribution`, `class_attributions`,
+`lens_parts`, `read_edits`, and the sums over a data set of `reliance`.
+"""
 
 from clipattr.attribution.baselines import (
     act_times_logit_lens,
@@ -7,29 +12,93 @@ from clipattr.attribution.baselines import (
     logit_lens_table,
     random_scores,
 )
-from clipattr.attribution.closed_form import LastLayerHead, closed_form_attribution, reliance_matrix
-from clipattr.attribution.curves import area_under, deletion_curve, insertion_curve
-from clipattr.attribution.exact import exact_patching
-from clipattr.attribution.gradients import attribution_patching, integrated_gradients
-from clipattr.attribution.ranking import active_order
-from clipattr.attribution.score import HeadScore, Score
+from clipattr.attribution.closed_form import (
+    LastLayerHead,
+    LensParts,
+    LensTable,
+    build_lens_table,
+    class_attributions,
+    closed_form_attribution,
+    lens_parts,
+)
+from clipattr.attribution.curves import (
+    Curves,
+    area_under,
+    both_curves,
+    completeness_gap,
+    deletion_curve,
+    insertion_curve,
+)
+from clipattr.attribution.edits import LastLayerEdits, read_edits
+from clipattr.attribution.exact import corrected_patching, exact_patching
+from clipattr.attribution.gradients import (
+    attribution_patching,
+    error_attribution,
+    gradient_only,
+    integrated_gradients,
+    score_gradient,
+    two_point,
+)
+from clipattr.attribution.ranking import active_order, global_steps, steps_of
+from clipattr.attribution.references import (
+    at_reference,
+    minus_counterfactual,
+    minus_mean,
+    neuron_codes,
+)
+from clipattr.attribution.reliance import (
+    RelianceSums,
+    add_reliance,
+    empty_reliance,
+    reliance_matrix,
+)
+from clipattr.attribution.score import HeadScore, Score, clean_scores, contrast
+from clipattr.attribution.tokens import MergedCodes, merge_tokens
 
 __all__ = [
+    "Curves",
     "HeadScore",
+    "LastLayerEdits",
     "LastLayerHead",
+    "LensParts",
+    "LensTable",
+    "MergedCodes",
+    "RelianceSums",
     "Score",
     "act_times_logit_lens",
     "active_order",
+    "add_reliance",
     "area_under",
+    "at_reference",
     "attribution_patching",
+    "both_curves",
+    "build_lens_table",
+    "class_attributions",
+    "clean_scores",
     "closed_form_attribution",
+    "completeness_gap",
+    "contrast",
+    "corrected_patching",
     "deletion_curve",
+    "empty_reliance",
     "energy",
+    "error_attribution",
     "exact_patching",
+    "global_steps",
+    "gradient_only",
     "insertion_curve",
     "integrated_gradients",
+    "lens_parts",
     "logit_lens",
     "logit_lens_table",
+    "merge_tokens",
+    "minus_counterfactual",
+    "minus_mean",
+    "neuron_codes",
     "random_scores",
+    "read_edits",
     "reliance_matrix",
+    "score_gradient",
+    "steps_of",
+    "two_point",
 ]

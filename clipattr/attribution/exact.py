@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from clipattr.attribution.gradients import attribution_patching
 from clipattr.attribution.score import Score, clean_scores
 from clipattr.codes import SparseCodes
 
@@ -14,12 +15,13 @@ def exact_patching(
     x: Float[Tensor, "batch *site model"],
     codes: SparseCodes,
     W_dec: Float[Tensor, "latent model"],
-    chunk_rows: int = 8192,
+    chunk_rows: int = 1024,
 ) -> Float[Tensor, "batch *site active"]:
     """Effect of deleting each latent alone: y(x) - y(x - a_j v_j).
 
-    One suffix row per active slot, `chunk_rows` of them at a time whatever image they belong to.
-    Slots without an active latent have effect 0 and cost nothing.
+    One suffix row per active slot, `chunk_rows` of them at a time whatever image they belong to: a
+    row is a whole image where the suffix holds blocks, so choose fewer there. Slots without an
+    active latent have effect 0 and cost nothing.
     """
     clean = clean_scores(score, x)
     effects = torch.zeros_like(codes.values, dtype=clean.dtype)
@@ -28,6 +30,28 @@ def exact_patching(
         patched = score(_without_one_latent(x, codes, W_dec, slots), images)
         effects[slots.unbind(dim=1)] = clean[images] - patched
     return effects
+
+
+def corrected_patching(
+    score: Score,
+    x: Float[Tensor, "batch *site model"],
+    codes: SparseCodes,
+    W_dec: Float[Tensor, "latent model"],
+    n_exact: int,
+    chunk_rows: int = 1024,
+) -> Float[Tensor, "batch *site active"]:
+    """Attribution patching, and exact patching where |R_j| is among the image's `n_exact` largest.
+
+    The first-order estimate is worst where much changes, and there are few such latents.
+    """
+    estimate = attribution_patching(score, x, codes, W_dec)
+    size = torch.where(codes.is_active, estimate.abs(), -1.0).flatten(1)
+    largest = size.topk(min(n_exact, size.shape[1]), dim=1).indices
+    is_exact = torch.zeros_like(size, dtype=torch.bool).scatter_(1, largest, True)
+    is_exact = is_exact.view(estimate.shape) & codes.is_active
+    chosen = codes._replace(values=torch.where(is_exact, codes.values, 0.0))
+    effects = exact_patching(score, x, chosen, W_dec, chunk_rows)
+    return torch.where(is_exact, effects.to(estimate.dtype), estimate)
 
 
 def _without_one_latent(

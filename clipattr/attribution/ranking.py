@@ -1,4 +1,8 @@
-"""From attributions to an order in which latents are deleted or inserted."""
+"""From attributions to an order in which latents are deleted or inserted, and to steps of a curve.
+
+The step of a slot is the number of the edit that takes it away, counted from 0. Slots may share a
+step (a latent at all its tokens), and steps may be empty (a latent that did not fire here).
+"""
 
 import torch
 from jaxtyping import Float, Int
@@ -17,3 +21,16 @@ def active_order(
     """
     ranked = torch.where(codes.is_active, attributions, -torch.inf).flatten(start_dim=1)
     return ranked.argsort(dim=1, descending=True, stable=True)
+
+
+def steps_of(order: Int[Tensor, "*rows slot"]) -> Int[Tensor, "*rows slot"]:
+    """The step of each slot, where one slot is edited per step: the inverse of the order."""
+    steps = torch.arange(order.shape[-1], device=order.device).expand(order.shape)
+    return torch.empty_like(order).scatter_(-1, order, steps)
+
+
+def global_steps(
+    ranking: Int[Tensor, " latent"], codes: SparseCodes
+) -> Int[Tensor, "batch *site active"]:
+    """One ranking of all latents for every image: step t edits latent ranking[t] where it fired."""
+    return steps_of(ranking)[codes.indices]

@@ -5,7 +5,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from clipattr.attribution.closed_form import LastLayerHead, build_lens_table, reliance_matrix
+from clipattr.attribution.closed_form import LastLayerHead, build_lens_table
+from clipattr.attribution.reliance import reliance_matrix
 from clipattr.callbacks.base import ReadoutCallback
 from clipattr.metrics.matrix_sum import MatrixSum
 from clipattr.spliced import Readout, Spliced
