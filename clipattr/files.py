@@ -98,13 +98,16 @@ def check_model(path: Path, found: object, expected: Mapping[str, str]) -> None:
     """
     found_sha = found.get("weights_sha256") if isinstance(found, Mapping) else None
     if found_sha != expected["weights_sha256"]:
-        raise CheckpointError(f"{path}: belongs to model {found!r}, expected {dict(expected)!r}")
+        raise CheckpointError(
+            f"{path}: belongs to model {found!r}, expected {dict(expected)!r} (the hash is that of "
+            "the weights in the precision in which they are used: model.precision counts)"
+        )
 
 
 def _read_fields(path: Path, schemas: Mapping[int, frozenset[str]]) -> dict[str, Any]:
     try:
         fields = json.loads(_read(path))
-    except ValueError as error:  # broken JSON, or bytes that are no text
+    except (ValueError, RecursionError) as error:  # broken JSON, or bytes that are no text
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path}: holds a {type(fields).__name__}, expected a JSON object")

@@ -309,5 +309,12 @@ def test_types_of_towers_with_registers_and_without_class_token(monkeypatch):
         cut = image_tower(model).cut(Site(0, "residual", "all"))
         tokens = range(image_tower(model).count_tokens("all"))
         assert {kind: len(tokens[place]) for kind, place in token_types(cut).items()} == sizes
+        means = torch.randn(len(tokens), 24)
+        sae = TopKSae(d_model=24, n_latents=4, k=1)
+        found = mean_by_type(Spliced(cut, sae), means)
+        for kind in [one for one in sizes if one != "all" or len(sizes) == 1]:
+            place = token_types(cut)[kind]
+            expected_mean = means[place].double().mean(0).expand(sizes[kind], 24)
+            torch.testing.assert_close(found[place], expected_mean)
         spatial = image_tower(model).cut(Site(0, "residual", "spatial"))
         assert token_types(spatial) == {"spatial": slice(None)}

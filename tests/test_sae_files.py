@@ -119,8 +119,15 @@ def test_same_weights_under_another_name_are_the_same_model(saved: Path):
         ({"settings": SETTINGS | {"k": True}}, "settings.k is True, expected int"),
         (
             {"settings": SETTINGS | {"d_model": 5}},
-            r"W_dec is torch.float32 \[8, 4\], allowed .*\[8, 5\]",
+            r"settings are those of W_enc \[8, 5\], the file has \[8, 4\]",
         ),
+        # Nothing of that size is made before it is compared.
+        ({"settings": SETTINGS | {"n_latents": 10**30}}, "settings are those of W_enc"),
+        ({"site": 3}, "SaeRecord.site has keys 3"),
+        ({"site": ["layer", "stream", "tokens"]}, r"SaeRecord.site has keys \["),
+        ({"site": {"layer": "x", "stream": "residual", "tokens": "cls"}}, "site.layer is 'x'"),
+        ({"model": "x"}, "SaeRecord.model has keys 'x'"),
+        ({"metrics": "x"}, "SaeRecord.metrics is 'x'"),
         ({"model": {"name": "x"}}, r"expected \['name', 'weights_sha256'\]"),
     ],
 )

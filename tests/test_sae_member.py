@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from clipattr.errors import ConfigError
-from clipattr.sae import BatchTopKSae, ReluSae, TopKSae
+from clipattr.sae import BatchTopKSae, NestedTopKSae, ReluSae, TopKSae
 from clipattr.sae.averaging import AveragedSae
 from clipattr.sae.sae import Sae
 from clipattr.training import fit_sae
@@ -24,7 +24,7 @@ DECAY, K_START, K_STEPS = 0.9, 12, 20
 def member_of(kind: type[TopKSae] = TopKSae, **options: object) -> SaeMember:
     sae = kind(d_model=8, n_latents=24, k=3, generator=torch.Generator().manual_seed(1))
     usual = {"lr": 1e-2, "warmup": 3, "k_aux": 4, "aux_coefficient": 0.1, "dead_after": 64}
-    return SaeMember(sae, **usual, **options)  # type: ignore[arg-type]
+    return SaeMember(sae, **(usual | options))  # type: ignore[arg-type]
 
 
 def run(folder: Path, member: SaeMember, kill_at: int | None = None) -> SaeModule:
@@ -54,20 +54,37 @@ def test_the_mean_is_that_of_a_plain_loop():
     torch.testing.assert_close(averaged.mean.W_enc, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_what_comes_out_has_unit_directions_and_the_threshold():
-    member = member_of(BatchTopKSae, ema=DECAY).double()
+def test_what_comes_out_has_unit_directions_and_the_statistics():
+    member = member_of(ema=DECAY).double()
     for seed in range(3):
         with torch.no_grad():
             member.sae.W_dec.normal_(generator=torch.Generator().manual_seed(seed))
         member.after_step()
     sae = member.sae
-    assert isinstance(sae, BatchTopKSae)
-    sae.threshold.fill_(0.7)
+    sae.input_scale.fill_(0.7)
     found = member.finish()
-    assert isinstance(found, BatchTopKSae)
     torch.testing.assert_close(found.W_dec.norm(dim=1), torch.ones(24).double())
-    assert (found.threshold, found.training) == (0.7, False)
+    assert (found.input_scale, found.training) == (0.7, False)
     assert not torch.equal(found.W_dec, sae.W_dec)
+
+
+def test_a_threshold_has_no_mean():
+    with pytest.raises(ConfigError, match="ema=0.9 for a BatchTopKSae: the threshold"):
+        member_of(BatchTopKSae, ema=DECAY)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"ema": 1.0}, "ema=1.0: must lie between"),
+        ({"ema": float("nan")}, "ema=nan: must lie between"),
+        ({"lr": -1.0}, "lr=-1.0, k_aux=4"),
+        ({"k_aux": 0}, "lr=0.01, k_aux=0"),
+    ],
+)
+def test_settings_that_cannot_be(options: dict[str, float], message: str):
+    with pytest.raises(ConfigError, match=message):
+        member_of(**options)
 
 
 def test_k_falls_to_its_end():
@@ -116,3 +133,29 @@ def test_fit_sae_gives_the_mean():
         before, after = ((sae(rows).recon - rows).square().sum() for sae in found.values())
     assert before != after
     assert after < 2 * before
+
+
+def test_what_was_averaged_can_be_trained_on():
+    first = fit_sae(activations(), k=3, n_latents=24, steps=3, batch_size=32, ema=0.9)
+    before = first.W_dec.detach().clone()
+    again = fit_sae(activations(), first, steps=3, batch_size=32)
+    assert not torch.equal(again.W_dec, before)
+
+
+@pytest.mark.parametrize(("steps", "k_start"), [(1, 16), (300, 16)])
+def test_k_and_threshold_end_where_they_belong(steps: int, k_start: int):
+    rows = torch.randn(2048, 16, generator=torch.Generator().manual_seed(0))
+    sae = fit_sae(
+        rows, BatchTopKSae, k=4, n_latents=32, steps=steps, batch_size=256, k_start=k_start
+    )
+    assert sae.max_active == 32
+    assert isinstance(sae, BatchTopKSae)
+    assert sae.k == 4
+    if steps > 1:
+        l0 = sae.encode(rows).is_active.sum(1).double().mean().item()
+        assert l0 == pytest.approx(4, rel=0.05)
+
+
+def test_levels_do_not_fall():
+    with pytest.raises(ConfigError, match="k_start=8 for a NestedTopKSae of 24 latents with no k"):
+        fit_sae(activations(), NestedTopKSae, ks=(2, 4), n_latents=24, steps=2, k_start=8)

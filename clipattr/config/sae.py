@@ -129,6 +129,10 @@ class SaeConfig:
                 "`target` and the others the site itself, so they need runs of their own"
             )
         self._check_needed()
+        if self.k_start is None and self.k_steps != SaeConfig.k_steps:
+            raise ConfigError(
+                f"sae.k_steps={format_value(self.k_steps)} does nothing without sae.k_start"
+            )
         for member in self.members().values():
             member._check_one()
 
@@ -179,6 +183,12 @@ class SaeConfig:
         check_not_negative(self, "sae", "aux_coefficient", "warmup")
         if self.ema is not None and not 0 < self.ema < 1:
             raise ConfigError(f"sae.ema={self.ema}: must lie between 0 and 1, such as 0.999")
+        is_over_batch = self.architecture is Architecture.matryoshka and self.over_batch
+        if self.ema is not None and (self.architecture is Architecture.batch_topk or is_over_batch):
+            raise ConfigError(
+                f"sae.ema={self.ema} with sae.architecture={self.architecture.name}: its threshold "
+                "is that of the weights that were trained, and not of their mean; leave it out"
+            )
         if self.k_aux is not None:
             check_positive(self, "sae", "k_aux")
         needs = NEEDS[self.architecture]
@@ -197,10 +207,7 @@ class SaeConfig:
 
     def _check_start(self) -> None:
         check_not_negative(self, "sae", "k_steps")
-        if self.k_start is None:
-            if self.k_steps != SaeConfig.k_steps:
-                raise ConfigError(f"sae.k_steps={self.k_steps} does nothing without sae.k_start")
-        else:
+        if self.k_start is not None:
             self._check_fits("k_start", self.k_start)
             if self.k_start < self.k:
                 raise ConfigError(

@@ -250,10 +250,10 @@ class TrainSae(JobConfig):
         else:
             check_divides(self.sae.batch_size, "sae.batch_size", self.trainer.devices)
         for member in self.sae.members().values():
-            if member.k_start is not None and member.k_steps >= self.trainer.steps:
+            if member.k_start is not None and member.k_steps > 0.8 * self.trainer.steps:
                 raise ConfigError(
-                    f"sae.k_steps={member.k_steps}: k must have fallen to sae.k before the end, "
-                    f"trainer.steps={self.trainer.steps}"
+                    f"sae.k_steps={member.k_steps}: k must have fallen to sae.k within four fifths "
+                    f"of trainer.steps={self.trainer.steps}"
                 )
 
     def _check_target(self) -> None:

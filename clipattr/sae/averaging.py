@@ -39,4 +39,4 @@ class AveragedSae(nn.Module):
         for mine, theirs in zip(self.mean.buffers(), sae.buffers(), strict=True):
             mine.copy_(theirs)
         normalise_decoder_(self.mean.W_dec)
-        return self.mean
+        return self.mean.requires_grad_()  # as what was trained

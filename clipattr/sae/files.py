@@ -62,16 +62,28 @@ class SaeRecord:
 
     def __post_init__(self) -> None:
         """Refuse a record that does not say for what the SAE was made."""
-        place = {"layer", "stream", "tokens"}
-        for name, found, expected in (
-            ("site", self.site, place),
-            ("model", self.model, {"name", "weights_sha256"}),
-            ("target_site", self.target_site, place),
-        ):
-            if found is not None and set(found) != expected:
-                raise CheckpointError(
-                    f"SaeRecord.{name} has keys {sorted(found)}, expected {sorted(expected)}"
-                )
+        _check_record(vars(self))
+
+
+def _check_record(record: Mapping[str, Any]) -> None:
+    place = {"layer", "stream", "tokens"}
+    for name, expected in (
+        ("site", place),
+        ("model", {"name", "weights_sha256"}),
+        ("target_site", place),
+    ):
+        found = record.get(name)
+        if name == "target_site" and found is None:
+            continue
+        if not isinstance(found, dict) or set(found) != expected:
+            keys = sorted(map(str, found)) if isinstance(found, dict) else repr(found)
+            raise CheckpointError(f"SaeRecord.{name} has keys {keys}, expected {sorted(expected)}")
+        for key, value in found.items():
+            if type(value) is not (int if key == "layer" else str):
+                raise CheckpointError(f"SaeRecord.{name}.{key} is {value!r}")
+    metrics = record["metrics"]
+    if not isinstance(metrics, dict) or not all(map(_is_number, metrics.values())):
+        raise CheckpointError(f"SaeRecord.metrics is {metrics!r}, expected numbers by name")
 
 
 _RECORD_FIELDS = tuple(each.name for each in fields(SaeRecord))
@@ -124,6 +136,7 @@ def load_sae(
         _check_target(path, found["architecture"], found["target_site"])
     else:
         found["target_site"] = None
+    _check_record(found)
     if one_site and found["architecture"] == Transcoder.architecture:
         raise CheckpointError(
             f"{path}: is a transcoder from {found['site']} to {found['target_site'] or 'a site'}; "
@@ -163,10 +176,17 @@ def _build(path: Path, found: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     kind = _ARCHITECTURES[architecture]
     normalisation = _from_json(path, "normalisation", found["normalisation"], Normalisation)
     settings = _read_settings(path, found["settings"], kind.SETTINGS)
+    # Before an SAE of that size is made.
+    sizes = [settings["n_latents"], settings["d_model"]]
+    if "W_enc" not in tensors:
+        raise CheckpointError(f"{path.with_suffix('.safetensors')}: missing tensors ['W_enc']")
+    if list(tensors["W_enc"].shape) != sizes:
+        shape = list(tensors["W_enc"].shape)
+        raise CheckpointError(f"{path}: settings are those of W_enc {sizes}, the file has {shape}")
     try:
         # Its own generator: loading must not move the global random state.
         sae = kind(**settings, normalisation=normalisation, generator=torch.Generator())
-    except ConfigError as error:
+    except (ConfigError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     check_tensors(path.with_suffix(".safetensors"), tensors, sae.state_dict())
     sae.load_state_dict(dict(tensors))

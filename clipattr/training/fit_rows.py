@@ -21,6 +21,8 @@ from clipattr.training.sae_module import INIT_ROWS
 
 # As the trainer of the jobs has it.
 LARGEST_GRADIENT = 1.0
+# Then k stays: a running threshold has to follow.
+ANNEALED_SHARE = 0.8
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,15 @@ class Training:
     k_start: int | None = None
     """k of the first step, of an SAE that has a k; it falls to that linearly"""
     k_steps: int = 1000
-    """steps until then, at most those of the training"""
+    """steps until then, at most four fifths of the training"""
     ema: float | None = None
     """decay of a running mean of the weights, which is returned then"""
 
     def member_of(self, sae: Sae, steps: int) -> SaeMember:
         """The SAE in a training of so many steps."""
         k_aux = len(sae.b_dec) // 2 if self.k_aux is None else self.k_aux
-        settings = asdict(replace(self, k_aux=k_aux, k_steps=min(self.k_steps, steps - 1)))
+        k_steps = min(self.k_steps, int(ANNEALED_SHARE * steps))
+        settings = asdict(replace(self, k_aux=k_aux, k_steps=k_steps))
         return SaeMember(sae, **settings)
 
 

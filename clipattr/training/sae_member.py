@@ -15,10 +15,11 @@ from clipattr.sae.constraints import normalise_decoder_, remove_parallel_gradien
 from clipattr.sae.dead import FiringHistory
 from clipattr.sae.initial import Bias
 from clipattr.sae.losses import SaeLoss, sae_loss
+from clipattr.sae.prefixes import NestedTopKSae
 from clipattr.sae.relative import Average, alone
 from clipattr.sae.sae import Sae, SaeOutput
 from clipattr.sae.sharded import ShardedTopKSae
-from clipattr.sae.topk import TopKSae
+from clipattr.sae.topk import BatchTopKSae, TopKSae
 
 
 class SaeStep(NamedTuple):
@@ -70,15 +71,24 @@ class SaeMember(nn.Module):
         self.k_aux = k_aux
         self.aux_coefficient = aux_coefficient
         self.dead_after = dead_after
+        if bias not in list(Bias):
+            raise ConfigError(f"bias={bias!r}: must be one of {', '.join(map(str, Bias))}")
         self.bias = bias
         self.from_data = from_data
         self.k_start = k_start
         self.k_steps = k_steps
-        self.k_end = sae.k if isinstance(sae, TopKSae) else None
+        has_k = isinstance(sae, TopKSae) and not isinstance(sae, NestedTopKSae)
+        self.k_end = sae.k if has_k else None
         if k_start is not None and not (self.k_end and self.k_end <= k_start <= sae.n_latents):
             raise ConfigError(
                 f"k_start={k_start} for a {type(sae).__name__} of {sae.n_latents} latents with "
                 f"{f'k={self.k_end}' if self.k_end else 'no k'}: it lies between the two"
+            )
+        _check(lr=lr, k_aux=k_aux, ema=ema)
+        if ema is not None and isinstance(sae, BatchTopKSae) and sae.max_active > sae.k:
+            raise ConfigError(
+                f"ema={ema} for a {type(sae).__name__}: the threshold of its inference is that of "
+                "the weights that were trained, and not of their mean; leave ema out"
             )
         self.averaged = None if ema is None else AveragedSae(sae, ema)
 
@@ -176,7 +186,16 @@ class SaeMember(nn.Module):
     def finish(self) -> Sae:
         """What has been trained, for use."""
         sae = self.sae if self.averaged is None else self.averaged.finish(self.sae)
+        if self.k_end is not None:
+            sae.k = self.k_end
         return sae.eval()
+
+
+def _check(*, lr: float, k_aux: int, ema: float | None) -> None:
+    if not lr > 0 or k_aux < 1:
+        raise ConfigError(f"lr={lr}, k_aux={k_aux}: both must be greater than 0")
+    if ema is not None and not 0 < ema < 1:
+        raise ConfigError(f"ema={ema}: must lie between 0 and 1, such as 0.999")
 
 
 def zero_of(members: Iterable[SaeMember]) -> Float[Tensor, ""]:

@@ -37,14 +37,22 @@ def import_sae(path: Path | str, settings: Mapping[str, object] | None = None) -
     `save_sae` keeps it, with a record of the model and the site that it belongs to.
 
     Raises:
-        CheckpointError: for a file, a setting or a tensor that is not known here.
+        CheckpointError: for a file, a kind or a tensor that is not known here.
     """
     source = Source(_find(Path(path)), dict(settings or {}))
     try:
         return _read(source).eval()
     except KeyError as error:
         raise CheckpointError(f"{source.path}: {error} is missing, which is needed") from error
-    except (ConfigError, RuntimeError) as error:  # the latter for shapes that do not fit
+    except (
+        ConfigError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+    ) as error:
+        # Shapes that do not fit, and settings of another type than the toolkit writes.
         raise CheckpointError(f"{source.path}: {error}") from error
 
 

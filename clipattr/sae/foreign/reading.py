@@ -79,6 +79,9 @@ def named_tensors(path: Path, content: object) -> dict[str, Tensor]:
     """A state dict, in float64: what is folded loses nothing."""
     if not isinstance(content, dict) or not all(isinstance(t, Tensor) for t in content.values()):
         raise CheckpointError(f"{path}: holds no named tensors")
+    for name, tensor in content.items():
+        if tensor.is_complex() or not tensor.isfinite().all():
+            raise CheckpointError(f"{path}: {name} is complex, or has nan or infinity in it")
     return {str(name): tensor.double() for name, tensor in content.items()}
 
 
