@@ -77,8 +77,9 @@ class SaeMember(nn.Module):
         self.from_data = from_data
         self.k_start = k_start
         self.k_steps = k_steps
-        has_k = isinstance(sae, TopKSae) and not isinstance(sae, NestedTopKSae)
-        self.k_end = sae.k if has_k else None
+        self.k_end: int | None = None
+        if isinstance(sae, TopKSae) and not isinstance(sae, NestedTopKSae):
+            self.k_end = sae.k
         if k_start is not None and not (self.k_end and self.k_end <= k_start <= sae.n_latents):
             raise ConfigError(
                 f"k_start={k_start} for a {type(sae).__name__} of {sae.n_latents} latents with "
@@ -187,6 +188,7 @@ class SaeMember(nn.Module):
         """What has been trained, for use."""
         sae = self.sae if self.averaged is None else self.averaged.finish(self.sae)
         if self.k_end is not None:
+            assert isinstance(sae, TopKSae), "it has a k"
             sae.k = self.k_end
         return sae.eval()
 
