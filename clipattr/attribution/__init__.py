@@ -1,8 +1,9 @@
 """Why a prediction came out: functions of a score, activations and sparse codes.
 
-Everywhere: `score`, `contrast`; references; the methods; `merge_tokens`; orders and curves. At the
-last layer's class token the same in closed form: `closed_form_attribution`, `class_attributions`,
-`lens_parts`, `read_edits`, and the sums over a data set of `reliance`.
+Everywhere: `score`, `contrast`; references; the methods; `merge_tokens`; orders and curves;
+`explain`, which puts them together for an image. At the last layer's class token the same in closed
+form: `closed_form_attribution`, `class_attributions`, `lens_parts`, `read_edits`, and the sums over
+a data set of `reliance`.
 """
 
 from clipattr.attribution.baselines import (
@@ -30,7 +31,12 @@ from clipattr.attribution.curves import (
     insertion_curve,
 )
 from clipattr.attribution.edits import LastLayerEdits, read_edits
-from clipattr.attribution.exact import corrected_patching, exact_patching
+from clipattr.attribution.exact import (
+    corrected_patching,
+    exact_patching,
+    exact_patching_of_latents,
+)
+from clipattr.attribution.explanation import Explanation, explain
 from clipattr.attribution.gradients import (
     attribution_patching,
     error_attribution,
@@ -39,7 +45,7 @@ from clipattr.attribution.gradients import (
     score_gradient,
     two_point,
 )
-from clipattr.attribution.ranking import active_order, global_steps, steps_of
+from clipattr.attribution.ranking import active_order, global_steps, listed_steps, steps_of
 from clipattr.attribution.references import (
     at_reference,
     minus_counterfactual,
@@ -57,6 +63,7 @@ from clipattr.attribution.tokens import MergedCodes, merge_tokens
 
 __all__ = [
     "Curves",
+    "Explanation",
     "HeadScore",
     "LastLayerEdits",
     "LastLayerHead",
@@ -84,11 +91,14 @@ __all__ = [
     "energy",
     "error_attribution",
     "exact_patching",
+    "exact_patching_of_latents",
+    "explain",
     "global_steps",
     "gradient_only",
     "insertion_curve",
     "integrated_gradients",
     "lens_parts",
+    "listed_steps",
     "logit_lens",
     "logit_lens_table",
     "merge_tokens",

@@ -5,7 +5,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from clipattr.attribution.gradients import attribution_patching
+from clipattr.attribution.references import at_reference
 from clipattr.attribution.score import Score, clean_scores
+from clipattr.attribution.tokens import MergedCodes
 from clipattr.codes import SparseCodes
 
 
@@ -52,6 +54,31 @@ def corrected_patching(
     chosen = codes._replace(values=torch.where(is_exact, codes.values, 0.0))
     effects = exact_patching(score, x, chosen, W_dec, chunk_rows)
     return torch.where(is_exact, effects.to(estimate.dtype), estimate)
+
+
+@torch.no_grad()
+def exact_patching_of_latents(
+    score: Score,
+    x: Float[Tensor, "batch *site model"],
+    codes: SparseCodes,
+    W_dec: Float[Tensor, "latent model"],
+    merged: MergedCodes,
+    chunk_rows: int = 256,
+) -> Float[Tensor, "batch slot"]:
+    """Effect of deleting each latent at all tokens of its image: y(x) - y(x - sum_t a_tj v_j).
+
+    One row of the suffix per active slot of `merged`, which is `merge_tokens(codes)`.
+    """
+    clean = clean_scores(score, x)
+    effects = torch.zeros_like(merged.codes.values, dtype=clean.dtype)
+    for slots in merged.codes.is_active.nonzero().split(chunk_rows):
+        images, slot = slots.unbind(dim=1)
+        is_removed = merged.place[images].flatten(1) == slot[:, None]
+        removed = codes.select(images)
+        values = torch.where(is_removed.view(removed.values.shape), removed.values, 0.0)
+        patched = score(at_reference(x[images], removed._replace(values=values), W_dec), images)
+        effects[images, slot] = clean[images] - patched
+    return effects
 
 
 def _without_one_latent(

@@ -34,3 +34,14 @@ def global_steps(
 ) -> Int[Tensor, "batch *site active"]:
     """One ranking of all latents for every image: step t edits latent ranking[t] where it fired."""
     return steps_of(ranking)[codes.indices]
+
+
+def listed_steps(
+    listed: Int[Tensor, "batch step"], codes: SparseCodes
+) -> Int[Tensor, "batch active"]:
+    """A list of latents for each image: step t edits latent listed[t] where it fired.
+
+    Latents that are not in the list come after all that are.
+    """
+    is_listed = codes.indices[:, :, None] == listed[:, None]
+    return torch.where(is_listed.any(dim=2), is_listed.int().argmax(dim=2), listed.shape[1])

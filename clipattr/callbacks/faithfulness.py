@@ -1,63 +1,38 @@
 """How faithful each attribution method is: curves, agreement with exact patching, intervals.
 
 Fixed choices: the error term is kept, step 0 is the clean model, rankings hold active latents only,
-and the score is that of the class each image is explained for.
+and the score is that of the class each image is explained for. A site with tokens has one slot per
+latent and image: deleted at all its tokens. An image with fewer active latents than steps has a
+curve that stays flat.
 """
-
-from typing import NamedTuple
 
 import lightning as L
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
+from torchmetrics import Metric
 
-from clipattr.attribution.baselines import (
-    act_times_logit_lens,
-    energy,
-    logit_lens,
-    logit_lens_table,
-    random_scores,
-)
-from clipattr.attribution.curves import (
-    area_under,
-    completeness_gap,
-    deletion_curve,
-    insertion_curve,
-)
-from clipattr.attribution.exact import exact_patching
-from clipattr.attribution.gradients import attribution_patching, integrated_gradients
-from clipattr.attribution.ranking import active_order
-from clipattr.attribution.score import HeadScore, clean_scores
+from clipattr.attribution import active_order, area_under, completeness_gap, listed_steps, steps_of
 from clipattr.callbacks.base import ReadoutCallback
-from clipattr.codes import SparseCodes
+from clipattr.callbacks.effects import EffectReader, Effects
+from clipattr.callbacks.faithfulness_result import (
+    COLUMNS,
+    Faithfulness,
+    Unrestricted,
+    mean_by_class,
+    summarise,
+    summarise_unrestricted,
+)
 from clipattr.config.choices import Method
-from clipattr.metrics.intervals import Interval, bootstrap_mean, bootstrap_ratio
-from clipattr.metrics.intervals import bootstrap_ratio_difference as ratio_difference
+from clipattr.metrics.class_sums import ClassSums
 from clipattr.metrics.matrix_sum import MatrixSum
 from clipattr.metrics.per_image import PerImage
-from clipattr.metrics.ranks import spearman, top_overlap
+from clipattr.metrics.ranks import pearson, spearman, top_overlap
 from clipattr.spliced import Readout, Spliced
-
-COLUMNS = ("deletion", "insertion", "spearman", "overlap")
-GAP_COLUMNS = ("y_clean", "y_rest", "gap_missing", "gap_change")
-
-
-class Faithfulness(NamedTuple):
-    """Result of one method."""
-
-    deletion_curve: list[float]
-    insertion_curve: list[float]
-    deletion_auc: Interval
-    insertion_auc: Interval
-    spearman_exact: Interval
-    overlap_exact: Interval
-    n_undefined: int
-    """images without a rank agreement: too few active latents"""
-    minus_logit_lens: Interval | None
 
 
 class FaithfulnessCallback(ReadoutCallback):
-    """Fills `results` and `completeness_gap` from the first `n_images` rows of the set."""
+    """Fills `results` and what stands beside them from the rows below the number of targets."""
 
     def __init__(
         self,
@@ -71,141 +46,139 @@ class FaithfulnessCallback(ReadoutCallback):
         overlap_top: int,
         resamples: int,
         seed: int,
+        bias: Float[Tensor, " class"] | None = None,
+        sum_classes: bool = False,
     ) -> None:
+        """What is compared.
+
+        Args:
+            spliced: the model and its SAE, at any site.
+            weights: rows of the head; of a probe with its `bias`.
+            targets: the class that each image is explained for, by its row number.
+            methods: logit_lens among them: the others are compared with it.
+            n_steps: latents that a curve edits; no more than can be active.
+            ig_steps: points of integrated gradients.
+            overlap_top: n of the top-n overlap with exact patching.
+            resamples: of every interval.
+            seed: of the intervals, and of the random orders.
+            bias: of the classes.
+            sum_classes: fill `class_totals`, the attribution summed over the images of each class,
+                and `rankings`, its first latents: 8 bytes x classes x latents for each method.
+        """
+        sae = spliced.sae
+        has_tokens = spliced.cut.site.tokens != "cls"
         self.spliced = spliced
-        self.weights = weights
+        self.reader = EffectReader(spliced, weights, bias)
         self.targets = targets
         self.methods = methods
-        self.n_steps = min(n_steps, spliced.sae.max_active)
+        self.n_steps = min(n_steps, sae.n_latents if has_tokens else sae.max_active)
         self.ig_steps = ig_steps
         self.overlap_top = overlap_top
         self.resamples = resamples
         self.seed = seed
-        self.W_dec = spliced.sae.W_dec.detach()
-        self.lens = logit_lens_table(spliced.cut.suffix, self.W_dec, weights)
-        self.tables = {method: PerImage(COLUMNS) for method in methods}
-        self.scores = PerImage(GAP_COLUMNS)
-        self.curves = {method: MatrixSum(2, self.n_steps + 1) for method in methods}
         self.results: dict[Method, Faithfulness] = {}
+        self.logit_lens_unrestricted: Unrestricted | None = None
+        self.by_class: dict[Method, dict[int, dict[str, float | int]]] = {}
+        self.class_totals: dict[Method, Float64[Tensor, "class latent"]] = {}
+        self.rankings: dict[Method, Int[Tensor, "class step"]] = {}
         self.completeness_gap = float("nan")
-        super().__init__(*self.tables.values(), *self.curves.values(), self.scores)
+        super().__init__(*self._build_metrics(len(weights), sae.n_latents, sum_classes))
+
+    def _build_metrics(self, n_classes: int, n_latents: int, sum_classes: bool) -> list[Metric]:
+        methods = self.methods
+        self.tables = {method: PerImage(COLUMNS) for method in methods}
+        self.curves = {method: MatrixSum(4, self.n_steps + 1) for method in methods}
+        self.scores = PerImage(("clean", "change"))
+        self.lens_first = self.reader.lens.topk(self.n_steps, dim=1).indices
+        self.whole_lens = PerImage(("deletion", "insertion"))
+        self.class_sums = {
+            method: ClassSums(n_classes=n_classes, n_latents=n_latents)
+            for method in (methods if sum_classes else ())
+        }
+        return [
+            *self.tables.values(),
+            *self.curves.values(),
+            *self.class_sums.values(),
+            self.scores,
+            self.whole_lens,
+        ]
 
     def take(self, readout: Readout) -> None:
         """Attribute, rank and edit one batch with every method."""
         chosen = (readout.rows < len(self.targets)).nonzero().flatten()
-        if len(chosen) == 0:
-            return
-        x, codes, rows = readout.x[chosen], readout.codes.select(chosen), readout.rows[chosen]
-        score = HeadScore(
-            self.spliced.cut.suffix,
-            self.weights,
-            # One row per image of this batch: `images` counts within the batch.
-            self.targets[rows],
-        )
-        exact = exact_patching(score, x, codes, self.W_dec)
-        integrated = integrated_gradients(score, x, codes, self.W_dec, self.ig_steps)
-        known = {Method.exact: exact, Method.integrated_gradients: integrated}
-        for method in self.methods:
-            attributions = known.get(method)
-            if attributions is None:
-                attributions = self._attribute(method, score, x, codes, rows)
-            self._measure(method, attributions, exact, score, x, codes, rows)
-        self._measure_gap(integrated, score, x, codes, rows)
+        n_edits = 2 * (len(self.methods) + 1) * (self.n_steps + 1)
+        for piece in self.reader.pieces(chosen, readout.codes, n_edits):
+            rows = readout.rows[piece]
+            targets = self.targets[rows.to(self.targets.device)].to(readout.x.device)
+            self._take(self.reader.read(readout, piece, targets), rows, targets)
 
-    def _attribute(
-        self, method: Method, score: HeadScore, x: Tensor, codes: SparseCodes, rows: Tensor
-    ) -> Tensor:
-        match method:
-            case Method.attribution_patching:
-                return attribution_patching(score, x, codes, self.W_dec)
-            case Method.act_times_logit_lens:
-                return act_times_logit_lens(self.lens, score.targets, codes)
-            case Method.logit_lens:
-                return logit_lens(self.lens, score.targets, codes)
-            case Method.energy:
-                return energy(codes, self.W_dec)
-            case Method.random:
-                # One order per image, whatever the batch: each image has a generator of its own.
-                orders = [
-                    random_scores(codes.select(slot[None]), self._generator(x.device, row))
-                    for slot, row in zip(torch.arange(len(rows)), rows.tolist(), strict=True)
-                ]
-                return torch.cat(orders)
-            case Method.exact | Method.integrated_gradients:
-                raise AssertionError(f"{method.name} is computed once, by the caller")
+    def _take(self, effects: Effects, rows: Tensor, targets: Tensor) -> None:
+        found = {method: self._attribute(method, effects, rows, targets) for method in self.methods}
+        exact = found[Method.exact] if Method.exact in found else effects.exact_patching()
+        orders = [steps_of(active_order(each, effects.codes)) for each in found.values()]
+        orders.append(listed_steps(self.lens_first[targets], effects.codes))
+        curves = effects.curves(torch.stack(orders), self.n_steps)
+        both = torch.stack([curves.deletion, curves.insertion], dim=1).double()
+        areas = area_under(both)
+        for number, (method, attributions) in enumerate(found.items()):
+            agreement = self._compare(attributions, exact, effects)
+            self.tables[method].update(rows, torch.cat([areas[number].T, agreement], dim=1))
+            moments = torch.cat([both[number], both[number].square()])
+            self.curves[method].update(moments.sum(dim=1), len(rows))
+            if self.class_sums:
+                self.class_sums[method].update(targets, effects.codes, attributions)
+        self.whole_lens.update(rows, areas[-1].T)
+        change = (effects.clean - effects.rest).abs()
+        self.scores.update(rows, torch.stack([effects.clean, change], dim=1))
 
-    def _generator(self, device: torch.device, row: int) -> torch.Generator:
-        return torch.Generator(device).manual_seed((self.seed << 32) + row)
+    def _attribute(self, method: Method, effects: Effects, rows: Tensor, targets: Tensor) -> Tensor:
+        if method is not Method.random:
+            return self.reader.attribute(method, effects, targets, self.ig_steps)
+        # One order per image, whatever the batch: each image has a generator of its own.
+        is_active = effects.codes.is_active
+        draws = torch.zeros(is_active.shape, dtype=torch.float64, device=is_active.device)
+        for slot, row in enumerate(rows.tolist()):
+            generator = torch.Generator().manual_seed((self.seed << 32) + row)
+            number = int(is_active[slot].sum())
+            draws[slot, is_active[slot]] = torch.rand(number, generator=generator).to(draws)
+        return draws
 
-    def _measure(
-        self,
-        method: Method,
-        attributions: Tensor,
-        exact: Tensor,
-        score: HeadScore,
-        x: Tensor,
-        codes: SparseCodes,
-        rows: Tensor,
-    ) -> None:
-        order = active_order(attributions, codes)
-        deletion = deletion_curve(score, x, codes, self.W_dec, order, self.n_steps)
-        insertion = insertion_curve(score, x, codes, self.W_dec, order, self.n_steps)
+    def _compare(
+        self, attributions: Tensor, exact: Tensor, effects: Effects
+    ) -> Float64[Tensor, "batch column"]:
+        is_active = effects.codes.is_active
+        gap = completeness_gap(attributions, effects.codes, effects.clean, effects.rest)
         columns = [
-            area_under(deletion),
-            area_under(insertion),
-            spearman(attributions, exact, codes.is_active),
-            top_overlap(attributions, exact, codes.is_active, self.overlap_top),
+            spearman(attributions, exact, is_active),
+            pearson(attributions, exact, is_active),
+            top_overlap(attributions, exact, is_active, self.overlap_top),
+            gap.missing,
         ]
-        self.tables[method].update(rows, torch.stack(columns, dim=1))
-        total = torch.stack([deletion.double().sum(0), insertion.double().sum(0)])
-        self.curves[method].update(total, len(rows))
-
-    def _measure_gap(
-        self,
-        attributions: Tensor,
-        score: HeadScore,
-        x: Tensor,
-        codes: SparseCodes,
-        rows: Tensor,
-    ) -> None:
-        with torch.no_grad():
-            y_clean = clean_scores(score, x)
-            y_rest = clean_scores(score, x - codes.decode(self.W_dec))
-        gap = completeness_gap(attributions, codes, y_clean, y_rest)
-        columns = [y_clean.double(), y_rest.double(), gap.missing, gap.change]
-        self.scores.update(rows, torch.stack(columns, dim=1))
+        return torch.stack(columns, dim=1)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Intervals over images; areas are divided by the clean score, sums first."""
-        scores = self.scores.compute().values.T
-        self.completeness_gap = float(scores[2].sum() / scores[3].sum())
-        tables = {method: table.compute().values.T for method, table in self.tables.items()}
-        reference = tables[Method.logit_lens][0]
-        for method, columns in tables.items():
-            self.results[method] = self._summarise(method, columns, scores[0], reference)
-
-    def _summarise(
-        self, method: Method, columns: Tensor, y_clean: Tensor, reference: Tensor
-    ) -> Faithfulness:
-        # One seed for all: every method is resampled with the same images.
-        def draw() -> torch.Generator:
-            return torch.Generator(y_clean.device).manual_seed(self.seed)
-
-        n = self.resamples
-
-        deletion, insertion, *agreement = columns
-        ranks, overlap = (column[~column.isnan()] for column in agreement)
-        curves = self.curves[method].compute().tolist()
-        is_reference = method is Method.logit_lens
-        return Faithfulness(
-            deletion_curve=curves[0],
-            insertion_curve=curves[1],
-            deletion_auc=bootstrap_ratio(deletion, y_clean, resamples=n, generator=draw()),
-            insertion_auc=bootstrap_ratio(insertion, y_clean, resamples=n, generator=draw()),
-            spearman_exact=bootstrap_mean(ranks, resamples=n, generator=draw()),
-            overlap_exact=bootstrap_mean(overlap, resamples=n, generator=draw()),
-            n_undefined=len(deletion) - min(len(ranks), len(overlap)),
-            minus_logit_lens=None
-            if is_reference
-            else ratio_difference(deletion, reference, y_clean, resamples=n, generator=draw()),
+        rows, scores = self.scores.compute()
+        tables = {method: table.compute().values for method, table in self.tables.items()}
+        classes = self.targets[rows.to(self.targets.device)].to(scores.device)
+        for method, table in tables.items():
+            self.results[method] = summarise(
+                method,
+                table,
+                tables[Method.logit_lens],
+                scores,
+                self.curves[method],
+                resamples=self.resamples,
+                seed=self.seed,
+            )
+            self.by_class[method] = mean_by_class(table, scores, classes)
+        whole = self.whole_lens.compute().values
+        self.logit_lens_unrestricted = summarise_unrestricted(
+            whole, scores, resamples=self.resamples, seed=self.seed
         )
+        for method, sums in self.class_sums.items():
+            self.class_totals[method] = sums.compute()
+            self.rankings[method] = self.class_totals[method].topk(self.n_steps, dim=1).indices
+        if Method.integrated_gradients in tables:
+            missing = tables[Method.integrated_gradients][:, COLUMNS.index("missing")]
+            self.completeness_gap = float(missing.sum() / scores[:, 1].sum())

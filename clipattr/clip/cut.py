@@ -14,7 +14,7 @@ from torch import Tensor
 from clipattr.clip.attention import Context, width_of_heads
 from clipattr.clip.blocks import width_of_neurons
 from clipattr.clip.site import STREAMS, TOKENS, Site
-from clipattr.clip.trunk import Tokens, Trunk
+from clipattr.clip.trunk import NormLinear, Tokens, Trunk
 from clipattr.errors import ConfigError
 
 Inputs = Num[Tensor, "batch *shape"]  # images, or token ids of prompts
@@ -133,8 +133,8 @@ class Cut:
 
     def last_layer(self, dtype: torch.dtype = torch.float32) -> LastLayer:
         """The suffix's weights, for closed forms; only where it is a norm and a linear layer."""
-        found = self.trunk.norm_linear() if self._is_pooled else None
-        if found is None or self.site.stream == "embedding":
+        found = self._norm_linear()
+        if found is None:
             raise ConfigError(
                 f"{self.site}: closed forms need the class token behind the last block of a tower "
                 "whose head is a layer norm and a linear layer"
@@ -144,6 +144,33 @@ class Cut:
         projection = projection.detach().to(dtype)
         bias = projection.new_zeros(projection.shape[1]) if bias is None else bias.detach()
         return LastLayer(*parts, projection, bias.to(dtype))
+
+    @property
+    def has_last_layer(self) -> bool:
+        """Whether `last_layer` has an answer here."""
+        return self._norm_linear() is not None
+
+    def _norm_linear(self) -> NormLinear | None:
+        if self.site.stream == "embedding" or not self._is_pooled:
+            return None
+        return self.trunk.norm_linear()
+
+    def read_directly(self, x: Float[Tensor, "row width"]) -> Float[Tensor, "row embed"]:
+        """Embeddings of vectors of the site's width as if they were the tower's output.
+
+        Every block behind the site is left out: the logit lens of a direction. Of heads and neurons
+        what their output projection makes of them, without its bias.
+        """
+        match self.site.stream:
+            case "embedding":
+                return x
+            case "heads":
+                x = self.block.from_heads(x) - self.block.from_heads(torch.zeros_like(x[:1]))
+            case "neurons":
+                x = self.block.from_neurons(x) - self.block.from_neurons(torch.zeros_like(x[:1]))
+        if self.trunk.pools_cls:
+            return self.trunk.head_of_cls(x)
+        return self.trunk.head(x[:, None].expand(-1, self.trunk.n_prefix + 1, -1), None)
 
     def take(self, tokens: Tensor, inputs: Tensor | None) -> Activation:
         """The site's tokens out of all."""

@@ -1,5 +1,6 @@
 """The image and the text tower of a CLIP model."""
 
+import math
 from collections.abc import Sequence
 
 from jaxtyping import Float, Int
@@ -44,6 +45,18 @@ class Tower:
             return 1
         n_patches = self.trunk.count_patches()
         return n_patches if tokens == "spatial" else n_patches + self.n_prefix
+
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of the patches, which follow each other row by row."""
+        assert isinstance(self.trunk, ImageTrunk), "prompts have no patches"
+        height, width = self.trunk.image_size
+        n_patches = self.trunk.count_patches()
+        rows = max(1, round(math.sqrt(n_patches * height / width)))
+        if n_patches % rows:
+            raise ConfigError(
+                f"{n_patches} patches of images of {height} x {width} pixels are no grid of squares"
+            )
+        return rows, n_patches // rows
 
     def attention_weights(
         self,

@@ -125,3 +125,23 @@ class Method(Enum):
     energy = "energy"
     random = "random"
     exact = "exact"
+
+
+class ExplainMethod(Enum):
+    """Attribution methods that explain one image."""
+
+    corrected_patching = "corrected_patching"
+    attribution_patching = "attribution_patching"
+    integrated_gradients = "integrated_gradients"
+    two_point = "two_point"
+    gradient_only = "gradient_only"
+    exact_patching = "exact_patching"
+    act_times_logit_lens = "act_times_logit_lens"
+    logit_lens = "logit_lens"
+
+
+class Explained(Enum):
+    """The class that an image is explained for."""
+
+    predicted = "predicted"
+    label = "label"

@@ -9,21 +9,38 @@ from clipattr.errors import ConfigError
 
 
 @dataclass
-class EvaluationConfig:
-    """What the planted world's evaluation computes."""
+class FaithfulnessConfig:
+    """How faithful attribution methods are."""
 
     methods: list[Method] = field(default_factory=lambda: list(Method))
     """attribution methods to compare"""
     images: int = 1000
-    """test images of the faithfulness table"""
+    """images of the faithfulness table"""
     steps: int = 16
-    """latents deleted one after the other in a curve; at most sae.k are active"""
+    """latents deleted one after the other in a curve; no more than can be active"""
     ig_steps: int = 64
-    """midpoints of integrated gradients"""
+    """points of integrated gradients, by the Gauss-Legendre rule"""
     overlap_top: int = 5
     """n of the top-n overlap with exact patching"""
     resamples: int = 1000
     """bootstrap resamples of every interval"""
+
+    def check(self) -> None:
+        """Raise ConfigError when a value cannot work."""
+        check_positive(self, "evaluation", "images", "steps", "ig_steps", "overlap_top")
+        check_positive(self, "evaluation", "resamples")
+        if len(set(self.methods)) < len(self.methods):
+            raise ConfigError("evaluation.methods names a method twice")
+        if Method.logit_lens not in self.methods:
+            raise ConfigError(
+                "evaluation.methods lacks logit_lens, which every other method is compared with"
+            )
+
+
+@dataclass
+class EvaluationConfig(FaithfulnessConfig):
+    """What the planted world's evaluation computes."""
+
     top_examples: int = 20
     """images per latent that define its label"""
     gallery: int = 8
@@ -31,15 +48,9 @@ class EvaluationConfig:
 
     def check(self) -> None:
         """Raise ConfigError when a value cannot work."""
-        check_positive(self, "evaluation", "images", "steps", "ig_steps", "overlap_top")
-        check_positive(self, "evaluation", "resamples", "top_examples")
+        super().check()
+        check_positive(self, "evaluation", "top_examples")
         check_not_negative(self, "evaluation", "gallery")
-        if len(set(self.methods)) < len(self.methods):
-            raise ConfigError("evaluation.methods names a method twice")
-        if Method.logit_lens not in self.methods:
-            raise ConfigError(
-                "evaluation.methods lacks logit_lens, which every other method is compared with"
-            )
 
 
 @dataclass

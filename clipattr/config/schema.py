@@ -3,7 +3,8 @@
 One dataclass per section, one docstring line per field (`--help` prints them). A YAML file opens
 with `job: <name>`, which selects the class in `JOBS`; it holds what differs from the defaults.
 `inputs.py` has the model, the site and the data, `sae.py` the dictionaries, `evaluation.py` what an
-evaluation computes.
+evaluation computes, `attribution.py` which scores are attributed, `explain.py` what is asked about
+one image, `world.py` the planted world.
 """
 
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from clipattr.config.attribution import AttributionQuestion
 from clipattr.config.choices import Logger, Precision
 from clipattr.config.evaluation import EvaluationConfig, PromptsConfig, ZeroshotConfig
+from clipattr.config.explain import Question
 from clipattr.config.inputs import (
     DataConfig,
     ModelConfig,
@@ -23,6 +26,7 @@ from clipattr.config.inputs import (
 )
 from clipattr.config.limits import check_divides, check_label, check_not_negative, check_positive
 from clipattr.config.sae import SaeConfig
+from clipattr.config.world import WorldConfig
 from clipattr.errors import ConfigError
 
 
@@ -139,35 +143,6 @@ class JobConfig:
             section = getattr(self, section_name, None)
             if section is not None and hasattr(section, "check"):
                 section.check()
-
-
-@dataclass
-class WorldConfig:
-    """Sizes of the planted world's splits."""
-
-    out: str = "runs/world"
-    """folder of the shards, one sub-folder per split"""
-    train: int = 24000
-    """captioned images with the planted rates, for CLIP and the SAE"""
-    val: int = 2000
-    """held-out images, same rates"""
-    test: int = 4000
-    """held-out images in which every planted correlation is broken"""
-    task_train: int = 3000
-    """cracked / intact images in which the tag sticker goes with the label"""
-    task_test: int = 2000
-    """cracked / intact images in which both stickers are balanced"""
-    task_pairs: int = 400
-    """scenes drawn three times: without sticker, with the tag, with the seal"""
-    shard_size: int = 1000
-    """images per shard"""
-    workers: int = 2
-    """processes that draw"""
-
-    def check(self) -> None:
-        """Raise ConfigError when a value cannot work."""
-        check_positive(self, "world", "train", "val", "test", "task_train", "task_test")
-        check_positive(self, "world", "task_pairs", "shard_size", "workers")
 
 
 @dataclass
@@ -368,6 +343,34 @@ class EvaluateWorld(JobConfig):
     trainer: DeviceConfig = field(default_factory=DeviceConfig)
 
 
+@dataclass
+class EvaluateAttribution(AttributionQuestion, JobConfig):
+    """evaluate_attribution: faithfulness of attribution, and which latents each class relies on."""
+
+    trainer: DevicesConfig = field(default_factory=DevicesConfig)
+
+    def check(self) -> None:
+        """Raise ConfigError when a value or a combination cannot work."""
+        super().check()
+        self.check_question()
+
+
+@dataclass
+class Explain(Question, JobConfig):
+    """explain: why one image has its score: latents, their attributions and where they are."""
+
+    trainer: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def paths(self) -> dict[str, str]:
+        """As for every job, and the image."""
+        return {"image": self.image} | super().paths()
+
+    def check(self) -> None:
+        """Raise ConfigError when a value or a combination cannot work."""
+        super().check()
+        self.check_question()
+
+
 TRAIN_JOBS: dict[str, type[JobConfig]] = {
     "render_world": RenderWorld,
     "train_clip": TrainClip,
@@ -380,5 +383,7 @@ EVALUATE_JOBS: dict[str, type[JobConfig]] = {
     "evaluate_sae": EvaluateSae,
     "evaluate_world_zeroshot": EvaluateWorldZeroshot,
     "evaluate_world": EvaluateWorld,
+    "evaluate_attribution": EvaluateAttribution,
+    "explain": Explain,
 }
 JOBS = TRAIN_JOBS | EVALUATE_JOBS

@@ -2,10 +2,12 @@
 
 from clipattr.config.schema import (
     CacheActivations,
+    EvaluateAttribution,
     EvaluateSae,
     EvaluateWorld,
     EvaluateWorldZeroshot,
     EvaluateZeroshot,
+    Explain,
     JobConfig,
     RenderWorld,
     TrainClip,
@@ -37,6 +39,12 @@ def run(config: JobConfig, command: list[str]) -> None:
             from clipattr.jobs.train_probe import train_probe
 
             train_probe(config, command)
+        case _:
+            _evaluate(config, command)
+
+
+def _evaluate(config: JobConfig, command: list[str]) -> None:
+    match config:
         case EvaluateZeroshot():
             from clipattr.jobs.evaluate_zeroshot import evaluate_zeroshot
 
@@ -53,5 +61,13 @@ def run(config: JobConfig, command: list[str]) -> None:
             from clipattr.jobs.evaluate_world import evaluate_world
 
             evaluate_world(config, command)
+        case EvaluateAttribution():
+            from clipattr.jobs.evaluate_attribution import evaluate_attribution
+
+            evaluate_attribution(config, command)
+        case Explain():
+            from clipattr.jobs.explain import explain
+
+            explain(config, command)
         case _:
             raise AssertionError(f"no job for {type(config).__name__}")

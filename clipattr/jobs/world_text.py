@@ -163,7 +163,8 @@ def _how_faithfulness(
         ),
         HowRow(
             "integrated gradients",
-            f"{settings.ig_steps} midpoints between the rest alone and the clean activation",
+            f"{settings.ig_steps} points between the rest alone and the clean activation, by the "
+            "Gauss-Legendre rule",
             "clipattr.attribution.gradients.integrated_gradients",
         ),
         HowRow(

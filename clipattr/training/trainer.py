@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from clipattr.atomic import sweep_temporary
 from clipattr.config.choices import Logger, Precision
-from clipattr.config.schema import DeviceConfig, TrainerConfig
+from clipattr.config.schema import DeviceConfig, DevicesConfig, TrainerConfig
 from clipattr.errors import ConfigError, Stopped
 from clipattr.training.checkpoints import AtomicCheckpointIO, SameStart, newest_valid
 from clipattr.training.preemption import Preemption
@@ -102,11 +102,16 @@ def build_trainer(
 
 
 def build_tester(settings: DeviceConfig, folder: Path, *, callbacks: list[Callback]) -> L.Trainer:
-    """A trainer for `test` on one device in float32; it logs and saves nothing."""
+    """A trainer for `test` in float32, which logs and saves nothing: on one device, or on several.
+
+    The loader of each process has to hold its own rows: nothing divides them.
+    """
+    n_devices = settings.devices if isinstance(settings, DevicesConfig) else 1
     _silence_what_is_wanted()
     return L.Trainer(
         accelerator=choose_accelerator(settings.accelerator),
-        devices=1,
+        devices=n_devices,
+        strategy="auto" if n_devices == 1 else DDPStrategy(timeout=timedelta(minutes=30)),
         logger=False,
         callbacks=[*_bars(settings), *callbacks],
         enable_checkpointing=False,

@@ -1,0 +1,87 @@
+"""The attribution evaluation's part of metrics.json, and the table in the log."""
+
+import logging
+from collections.abc import Sequence
+
+from clipattr.callbacks import FaithfulnessCallback, GlobalDeletionCallback
+
+logger = logging.getLogger(__name__)
+
+INTERVALS = (
+    "deletion_auc",
+    "insertion_auc",
+    "spearman_exact",
+    "pearson_exact",
+    "overlap_exact",
+    "completeness",
+)
+
+
+def collect_faithfulness(
+    local: FaithfulnessCallback, by_class_mean: GlobalDeletionCallback, names: Sequence[str]
+) -> dict[str, object]:
+    """`faithfulness.<method>.<number>.{mean,low,high}`, and the same by class."""
+    table: dict[str, object] = {}
+    for method, found in local.results.items():
+        numbers: dict[str, object] = {"n_undefined": found.n_undefined}
+        for name in INTERVALS:
+            interval = getattr(found, name)
+            numbers[name] = None if interval is None else interval._asdict()
+        numbers["minus_logit_lens"] = {
+            name: interval._asdict() for name, interval in found.differences.items()
+        }
+        whole = by_class_mean.results[method]._asdict()
+        numbers["global"] = {
+            name: None if interval is None else interval._asdict()
+            for name, interval in whole.items()
+        }
+        numbers["curves"] = {
+            "deletion": found.deletion_curve,
+            "insertion": found.insertion_curve,
+            "deletion_error": found.deletion_error,
+            "insertion_error": found.insertion_error,
+        }
+        table[method.name] = numbers
+    unrestricted = local.logit_lens_unrestricted
+    assert unrestricted is not None, "after the test"
+    return {
+        "faithfulness": table,
+        "logit_lens_unrestricted": {
+            name: interval._asdict() for name, interval in unrestricted._asdict().items()
+        },
+        "by_class": {
+            names[number]: {method.name: found[number] for method, found in local.by_class.items()}
+            for number in next(iter(local.by_class.values()))
+        },
+    }
+
+
+def log_table(
+    title: str, local: FaithfulnessCallback, by_class_mean: GlobalDeletionCallback
+) -> None:
+    """One line per method."""
+    header = ("deletion", "- lens", "insertion", "Spearman", "Pearson", "overlap", "gap", "global")
+    logger.info("%s, %d images, %d steps", title, len(local.targets), local.n_steps)
+    logger.info("  %-22s" + " %9s" * len(header), "", *header)
+    for method, found in local.results.items():
+        cells = [
+            found.deletion_auc,
+            found.minus_logit_lens,
+            found.insertion_auc,
+            found.spearman_exact,
+            found.pearson_exact,
+            found.overlap_exact,
+            found.completeness,
+            by_class_mean.results[method].deletion_auc,
+        ]
+        words = ["" if cell is None else f"{cell.mean:.4f}" for cell in cells]
+        logger.info("  %-22s" + " %9s" * len(words), method.name, *words)
+    unrestricted = local.logit_lens_unrestricted
+    assert unrestricted is not None, "after the test"
+    logger.info(
+        "  %-22s %9.4f %9s %9.4f",
+        "unrestricted lens",
+        unrestricted.deletion_auc.mean,
+        "",
+        unrestricted.insertion_auc.mean,
+    )
