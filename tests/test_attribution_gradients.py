@@ -235,6 +235,8 @@ def test_energy_is_activation_times_decoder_length():
     image, slot = 3, 2
     expected = case.codes.values[image, slot] * W_dec[case.codes.indices[image, slot]].norm()
     torch.testing.assert_close(energy(case.codes, W_dec)[image, slot], expected)
+    negative = case.codes._replace(values=-case.codes.values)
+    assert torch.equal(energy(negative, W_dec), energy(case.codes, W_dec))
 
 
 def test_random_scores_follow_the_generator():

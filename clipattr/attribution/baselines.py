@@ -53,8 +53,8 @@ def act_times_logit_lens(
 def energy(
     codes: SparseCodes, W_dec: Float[Tensor, "latent model"]
 ) -> Float[Tensor, "batch *site active"]:
-    """Length of each latent's contribution to the activation: a_j |v_j|. Knows no class."""
-    return codes.values * W_dec.norm(dim=1)[codes.indices]
+    """Length of each latent's contribution to the activation: |a_j| |v_j|. Knows no class."""
+    return codes.values.abs() * W_dec.norm(dim=1)[codes.indices]
 
 
 def random_scores(
