@@ -6,15 +6,21 @@ up depends on the device: `clipattr.sparse`.
 """
 
 import math
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from clipattr.sparse import gathered, kernels_for
+
+# Rows that are turned into float64 at a time.
+_BLOCK = 2048
+
+Pool = Literal["max", "mean", "sum"]
+"""What one activation of a latent in an image is made of those at its tokens."""
 
 
 class SparseCodes(NamedTuple):
@@ -90,6 +96,69 @@ def pack(
     return indices.view(n_rows, width), is_chosen.view(n_rows, width)
 
 
+class LatentsOfImages(NamedTuple):
+    """The latents that each image has at any of its tokens, each once."""
+
+    indices: Int[Tensor, "batch slot"]
+    """ascending, then padding"""
+    place: Int[Tensor, "batch *site active"]
+    """slot of each latent of each token; without meaning where it is inactive"""
+
+    def sum(self, values: Float[Tensor, "batch *site active"]) -> Float[Tensor, "batch slot"]:
+        """Sums over the tokens of what is said of the latents of each; 0 where one is inactive."""
+        sums = values.new_zeros(self.indices.shape)
+        return sums.scatter_add_(1, self.place.flatten(1), values.flatten(1))
+
+
+def find_latents_of_images(codes: SparseCodes) -> LatentsOfImages:
+    """Which latents fire anywhere in an image, by sorting: never [batch, n_latents]."""
+    keys = torch.where(codes.is_active, codes.indices, codes.n_latents).flatten(1)
+    ordered, order = keys.sort(dim=1)
+    is_first = torch.ones_like(ordered, dtype=torch.bool)
+    is_first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    n_different = (is_first & (ordered < codes.n_latents)).sum(dim=1)
+    width = int(n_different.max().clamp(min=1)) if len(keys) else 1
+    slot = (is_first.cumsum(dim=1) - 1).clamp(max=width - 1)
+    place = torch.empty_like(slot).scatter_(1, order, slot)
+    # Inactive slots come last in the sort and may share a place: a maximum keeps the latent.
+    latents = torch.where(codes.is_active.flatten(1), keys, 0)
+    indices = keys.new_zeros(len(keys), width).scatter_reduce_(1, place, latents, "amax")
+    return LatentsOfImages(indices, place.view(codes.indices.shape))
+
+
+def pool_tokens(codes: SparseCodes, pool: Pool) -> SparseCodes:
+    """One activation per image and latent, [batch, slot], of codes [batch, *token, active].
+
+    What dense codes give along their token axes: a token at which a latent is silent counts as 0,
+    in the mean as well as in the maximum. Codes without tokens are returned as they are.
+    """
+    if codes.indices.ndim == 2:
+        return codes
+    found = find_latents_of_images(codes)
+    n_tokens = math.prod(codes.indices.shape[1:-1])
+    # Tens of tokens are added up: in half precision the small ones would be lost.
+    values = codes.values.to(torch.promote_types(codes.values.dtype, torch.float32))
+    if pool == "max":
+        pooled = _largest_of_tokens(values, codes.is_active, found, n_tokens)
+    else:
+        pooled = found.sum(values) / (n_tokens if pool == "mean" else 1)
+    return SparseCodes(found.indices, pooled, codes.n_latents)
+
+
+def _largest_of_tokens(
+    values: Float[Tensor, "batch *site active"],
+    is_active: Bool[Tensor, "batch *site active"],
+    found: LatentsOfImages,
+    n_tokens: int,
+) -> Float[Tensor, "batch slot"]:
+    place = found.place.flatten(1)
+    known = values.masked_fill(~is_active, -torch.inf).flatten(1)
+    nothing = known.new_full(found.indices.shape, -torch.inf)
+    largest = nothing.scatter_reduce(1, place, known, "amax")
+    n_active = torch.zeros_like(found.indices).scatter_add_(1, place, is_active.flatten(1).long())
+    return torch.where(n_active < n_tokens, largest.clamp(min=0), largest)
+
+
 def equal_bags(indices: Int[Tensor, "row active"]) -> Int[Tensor, " boundary"]:
     """Where the pairs of each row start when they are written one after the other, and the end."""
     n_rows, n_active = indices.shape
@@ -145,6 +214,24 @@ def combine_transposed(
     """C^T rows."""
     place = rows_of_bags(equal_bags(indices), indices.numel())
     return transpose(indices.flatten(), place, n_latents).combine(values.flatten(), rows)
+
+
+def add_transposed(
+    total: Float64[Tensor, "latent width"],
+    values: Float[Tensor, "row active"],
+    indices: Int[Tensor, "row active"],
+    rows: Float[Tensor, "row width"],
+) -> None:
+    """Add C^T rows to a sum over batches, in place: only what the batch names is touched."""
+    ordered, order = indices.flatten().int().sort(stable=True)
+    latents, bags, counts = ordered.unique_consecutive(return_inverse=True, return_counts=True)
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    places = order // indices.shape[1]
+    sums = kernels_for(rows).sum_bags(
+        values.flatten()[order], places, starts, rows.contiguous(), bags
+    )
+    for named, block in zip(latents.split(_BLOCK), sums.split(_BLOCK), strict=True):
+        total.index_add_(0, named, block.double())
 
 
 def rows_of_bags(starts: Int[Tensor, " boundary"], n_pairs: int) -> Int[Tensor, " pair"]:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clipattr.codes import SparseCodes
+from clipattr.codes import SparseCodes, find_latents_of_images
 
 
 class MergedCodes(NamedTuple):
@@ -34,18 +34,6 @@ class MergedCodes(NamedTuple):
 
 def merge_tokens(codes: SparseCodes) -> MergedCodes:
     """Find the latents that each image has at any token. Exact, and never [batch, n_latents]."""
-    keys = torch.where(codes.is_active, codes.indices, codes.n_latents).flatten(1)
-    ordered, order = keys.sort(dim=1)
-    is_first = torch.ones_like(ordered, dtype=torch.bool)
-    is_first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    n_different = (is_first & (ordered < codes.n_latents)).sum(dim=1)
-    width = max(1, int(n_different.max()))
-    slot = (is_first.cumsum(dim=1) - 1).clamp(max=width - 1)
-    place = torch.empty_like(slot).scatter_(1, order, slot)
-    # Inactive slots come last in the sort and may share a place: a maximum keeps the latent.
-    latents = torch.where(codes.is_active.flatten(1), keys, 0)
-    indices = keys.new_zeros(len(keys), width).scatter_reduce_(1, place, latents, "amax")
-    values = codes.values.new_zeros(len(keys), width)
-    values.scatter_add_(1, place, codes.values.flatten(1))
-    merged = SparseCodes(indices, values, codes.n_latents)
-    return MergedCodes(merged, place.view(codes.indices.shape), codes.is_active)
+    found = find_latents_of_images(codes)
+    merged = SparseCodes(found.indices, found.sum(codes.values), codes.n_latents)
+    return MergedCodes(merged, found.place, codes.is_active)

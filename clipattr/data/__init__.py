@@ -6,6 +6,7 @@ from clipattr.data.index import ShardIndex, build_index, select_usable
 from clipattr.data.shards import BadSample, Sample, find_shards
 from clipattr.data.store import ActivationStore
 from clipattr.data.stream import ActivationStream, EvaluationStream
+from clipattr.data.thumbnails import read_thumbnails, write_thumbnails
 
 __all__ = [
     "ActivationStore",
@@ -24,4 +25,6 @@ __all__ = [
     "image_loader",
     "load_features",
     "select_usable",
+    "write_thumbnails",
+    "read_thumbnails",
 ]

@@ -180,18 +180,31 @@ def read_pixels(
     sample: Sample, reader: Reader, augment: Augment | None = None
 ) -> UInt8[Tensor, "channel height width"] | BadSample:
     """The pixels of a sample's image, or what is wrong with it."""
+    content = read_image(sample)
+    if isinstance(content, BadSample):
+        return content
+    try:
+        return reader.read(content, augment.edit_of(sample.key) if augment else None)
+    except ImageError as error:
+        return undecodable(sample, str(error))
+
+
+def read_image(sample: Sample) -> bytes | BadSample:
+    """The bytes of a sample's image file, or why they cannot be read."""
     name = sample.image_field
     assert name is not None, "`select_usable` lets no sample without an image through"
     try:
-        content = sample.read(name)
+        return sample.read(name)
     except TransferError:  # an outage must not leave holes in a cache
         raise
     except (OSError, DataError) as error:
         return BadSample(str(sample.shard), sample.key, f"{name} cannot be read: {error}")
-    try:
-        return reader.read(content, augment.edit_of(sample.key) if augment else None)
-    except ImageError as error:
-        return BadSample(str(sample.shard), sample.key, f"{name} cannot be decoded: {error}")
+
+
+def undecodable(sample: Sample, reason: str) -> BadSample:
+    """The report of an image file that is broken."""
+    text = f"{sample.image_field} cannot be decoded: {reason}"
+    return BadSample(str(sample.shard), sample.key, text)
 
 
 def collate(items: list[tuple[int, str, Tensor | BadSample]]) -> ImageBatch:

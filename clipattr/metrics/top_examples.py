@@ -1,8 +1,7 @@
-"""The rows in which each latent is most active, found without a dense [rows, latents] tensor.
+"""The images and patches in which each latent is most active, without a dense [rows, latents].
 
-A pair (value, row id) is packed into one int64: float bits of the value above, the inverted id
-below. Comparing the integers then compares value first (larger is better), id second (smaller is
-better): a total order, so the result depends on neither batch order nor number of processes.
+A pair (value, id) is packed into one int64: float bits of the value above, the inverted id below.
+Comparing the integers compares value first (larger is better), id second (smaller is better).
 """
 
 from typing import NamedTuple
@@ -10,82 +9,113 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torchmetrics import Metric
 
 from clipattr.codes import SparseCodes
-from clipattr.errors import DataError
-
-_MAX_ID = 0xFFFFFFFF
-_EMPTY = -1
-
-
-class TopExamplesResult(NamedTuple):
-    """Best first; id -1 and value 0 where a latent has fewer examples."""
-
-    ids: Int[Tensor, "latent n"]
-    values: Float[Tensor, "latent n"]
-
-
-def pack(values: Float[Tensor, " pairs"], ids: Int[Tensor, " pairs"]) -> Int[Tensor, " pairs"]:
-    """One int64 per pair; values must be positive (their float32 bits then order like numbers)."""
-    return (values.float().view(torch.int32).long() << 32) | (_MAX_ID - ids)
+from clipattr.errors import ConfigError, DataError
+from clipattr.metrics.best_pairs import (
+    EMPTY,
+    MAX_ID,
+    BestPairs,
+    Examples,
+    check_ids,
+    float_bits,
+    pack,
+)
 
 
-def unpack(packed: Int[Tensor, "latent n"]) -> TopExamplesResult:
-    """Ids and float32 values of packed pairs."""
-    is_empty = packed == _EMPTY
-    values = (packed >> 32).int().view(torch.float32).masked_fill(is_empty, 0.0)
-    return TopExamplesResult((_MAX_ID - (packed & _MAX_ID)).masked_fill(is_empty, -1), values)
+def _unpack(keys: Int[Tensor, "latent n"]) -> Examples:
+    is_empty = keys == EMPTY
+    values = (keys >> 32).int().view(torch.float32).masked_fill(is_empty, 0.0)
+    return Examples((MAX_ID - (keys & MAX_ID)).masked_fill(is_empty, -1), values)
 
 
-def merge_best(parts: Int[Tensor, "parts latent n"]) -> Int[Tensor, "latent n"]:
-    """The best n of the union of several best-n tables."""
-    return parts.movedim(0, 1).flatten(1).topk(parts.shape[2], dim=1).values
-
-
-def insert_best(
-    best: Int[Tensor, "latent n"], latents: Int[Tensor, " pairs"], packed: Int[Tensor, " pairs"]
-) -> None:
-    """Merge (latent, packed) pairs into the table, in place; only rows that occur are touched."""
-    n_best = best.shape[1]
-    packed, order = packed.sort(descending=True)
-    latents, stable_order = latents[order].sort(stable=True)
-    packed = packed[stable_order]
-    touched, row, sizes = latents.unique_consecutive(return_inverse=True, return_counts=True)
-    place = torch.arange(len(latents), device=latents.device) - (sizes.cumsum(0) - sizes)[row]
-    is_kept = place < n_best
-    candidates = best.new_full((len(touched), n_best), _EMPTY)
-    candidates[row[is_kept], place[is_kept]] = packed[is_kept]
-    best[touched] = merge_best(torch.stack([best[touched], candidates]))
-
-
-class TopExamples(Metric):
+class TopExamples(BestPairs):
     """Per latent the n rows of largest activation, ties going to the smaller row id.
 
-    A row must be given once. Cost of an update: a sort of the batch's active pairs.
+    Of a site with tokens, `pool_tokens` makes one activation per image. A row must be given once.
+    Activations below 0 are no examples. Cost of an update: a comparison per active pair, and a sort
+    of those that may be among the best.
     """
-
-    full_state_update = False
-    best: Tensor
-
-    def __init__(self, *, n_latents: int, n_examples: int) -> None:
-        """An empty table."""
-        super().__init__()
-        best = torch.full((n_latents, n_examples), _EMPTY, dtype=torch.int64)
-        self.add_state("best", best, dist_reduce_fx=merge_best)
 
     def update(self, codes: SparseCodes, ids: Int[Tensor, " rows"]) -> None:
         """Take in the codes [rows, active] of the rows named by `ids` (0 to 2^32 - 1)."""
-        if len(ids) and (ids.min() < 0 or ids.max() > _MAX_ID):
-            raise DataError(
-                f"row ids lie in [{ids.min().item()}, {ids.max().item()}], "
-                f"allowed is [0, {_MAX_ID}]"
-            )
-        is_active = codes.values > 0
-        all_ids = ids.long()[:, None].expand_as(codes.indices)
-        packed = pack(codes.values.detach()[is_active], all_ids[is_active])
-        insert_best(self.best, codes.indices[is_active], packed)
+        check_ids(ids)
+        keys = pack(float_bits(codes.values), (MAX_ID - ids.long())[:, None])
+        is_candidate = (codes.values > 0) & self.is_candidate(codes.indices, keys)
+        self.insert(codes.indices[is_candidate], keys[is_candidate])
 
-    def compute(self) -> TopExamplesResult:
+    def compute(self) -> Examples:
         """Row ids and values, best first."""
-        return unpack(self.best)
+        return _unpack(self.best_keys())
+
+
+class Patches(NamedTuple):
+    """The best (image, token) of each latent; -1, -1 and 0 where it has fewer."""
+
+    images: Int[Tensor, "latent n"]
+    tokens: Int[Tensor, "latent n"]
+    values: Float[Tensor, "latent n"]
+
+
+class TopPatches(BestPairs):
+    """Per latent the n pairs (image, token) of largest activation; ties: the first image and token.
+
+    With `per_image` no image has more than so many of them; with 1 they are the top images by
+    maximum, and where in them. All tokens of an image must be given at once.
+    """
+
+    def __init__(
+        self, *, n_latents: int, n_examples: int, n_tokens: int, per_image: int | None = None
+    ) -> None:
+        """An empty table, for images of `n_tokens` tokens each."""
+        if per_image is not None and per_image < 1:
+            raise ConfigError(
+                f"{per_image} patches per image are asked for, allowed are 1 and more"
+            )
+        super().__init__(n_latents=n_latents, n_examples=n_examples)
+        self.n_tokens = n_tokens
+        self.per_image = per_image
+
+    def update(self, codes: SparseCodes, ids: Int[Tensor, " rows"]) -> None:
+        """Take in the codes [rows, *token, active] of the images named by `ids`.
+
+        Tokens are numbered through where they have several axes. Image and token share 32 bits: ids
+        end at 2^32 / n_tokens.
+        """
+        if codes.indices[..., 0].numel() != len(ids) * self.n_tokens:
+            raise DataError(
+                f"the codes of {len(ids)} images are {tuple(codes.indices.shape)}; "
+                f"{self.n_tokens} tokens of each are due"
+            )
+        check_ids(ids, (MAX_ID + 1) // self.n_tokens - 1)
+        flat = codes.reshape(len(ids), self.n_tokens)
+        token = torch.arange(self.n_tokens, device=ids.device)
+        places = MAX_ID - (ids.long()[:, None] * self.n_tokens + token)
+        keys = pack(float_bits(flat.values), places[..., None])
+        is_candidate = (flat.values > 0) & self.is_candidate(flat.indices, keys)
+        latents, keys = flat.indices[is_candidate], keys[is_candidate]
+        if self.per_image is not None and self.per_image < self.n_tokens:
+            images = is_candidate.nonzero()[:, 0]
+            is_kept = _best_of_groups(images * codes.n_latents + latents, keys, self.per_image)
+            latents, keys = latents[is_kept], keys[is_kept]
+        self.insert(latents, keys)
+
+    def compute(self) -> Patches:
+        """Images, tokens and values, best first."""
+        places, values = _unpack(self.best_keys())
+        is_empty = places < 0
+        tokens = (places % self.n_tokens).masked_fill(is_empty, -1)
+        return Patches((places // self.n_tokens).masked_fill(is_empty, -1), tokens, values)
+
+
+def _best_of_groups(
+    groups: Int[Tensor, " pairs"], keys: Int[Tensor, " pairs"], n_best: int
+) -> Int[Tensor, " kept"]:
+    """Numbers of the pairs that are among the n largest keys of their group."""
+    order = keys.argsort(descending=True)
+    ordered, by_group = groups[order].sort(stable=True)
+    order = order[by_group]
+    # The group of the pair n places before is another one: fewer than n of the same precede it.
+    is_kept = torch.ones_like(ordered, dtype=torch.bool)
+    is_kept[n_best:] = ordered[n_best:] != ordered[:-n_best]
+    return order[is_kept]
