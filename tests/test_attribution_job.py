@@ -5,16 +5,19 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clipattr.attribution import HeadScore, attribution_patching
+from clipattr.attribution import HeadScore, attribution_patching, load_reliance
 from clipattr.callbacks import FaithfulnessCallback
 from clipattr.clip import Site, image_tower, load_clip
 from clipattr.clip.templates import ClassNames
@@ -170,6 +173,7 @@ def test_reliance_is_the_mean_over_all_images(job: Job):
     torch.testing.assert_close(found["mean_attribution"], expected.mean(0), atol=1e-6, rtol=1e-4)
     fired = (expected != 0).any(dim=1).double().mean(0)
     torch.testing.assert_close(found["share_of_images"], fired)
+    check_signs(found["share_positive"], expected.transpose(0, 1))
     lines = (job.folder / "runs" / "last" / "reliance.csv").read_text().splitlines()
     rows = list(csv.DictReader(lines))
     assert len(rows) == 3 * len(NAMES)
@@ -193,11 +197,77 @@ def test_inside_the_tower_reliance_is_that_of_the_images_of_a_class(job: Job):
         torch.testing.assert_close(
             found["mean_attribution"][number], expected, atol=1e-6, rtol=1e-3
         )
+        fired = (every[labels == number, number] != 0).double().mean(0)
+        torch.testing.assert_close(found["share_of_images"][number], fired)
+    explained = [every[labels == number, number] for number in range(len(NAMES))]
+    check_signs(found["share_positive"], explained)
     assert "control" not in job.metrics("all")
-    assert (
-        json.loads((job.folder / "runs/all/reliance.json").read_text())["over"]
-        == "images of the class"
-    )
+
+
+def check_signs(found: Tensor, attributions: Sequence[Tensor] | Tensor) -> None:
+    """Of every class against [image, latent]; what never fired has no share."""
+    for row, of_class in zip(found, attributions, strict=True):
+        fired, positive = (of_class != 0).sum(0), (of_class > 0).sum(0)
+        torch.testing.assert_close(row, positive / fired, equal_nan=True)
+        assert ((row.isnan()) == (fired == 0)).all()
+    assert 0.1 < float(found.nanmean()) < 0.9
+
+
+def test_later_steps_read_the_reliance(job: Job):
+    """One loader for both kinds of means; the long table has the same numbers."""
+    overrides = ["evaluation.explained=label", "evaluation.control=false", "evaluation.signs=false"]
+    assert job.run("all", *overrides, "name=unsigned") == 0
+    labels = torch.arange(N_IMAGES)[CHOSEN] * 7 // N_IMAGES
+    for name, over, n_images in (
+        ("last", "all images", [N_IMAGES] * len(NAMES)),
+        ("unsigned", "images of the class", labels.bincount(minlength=len(NAMES)).tolist()),
+    ):
+        found = load_reliance(job.folder / "runs" / name, job.identity)
+        assert found.origin.class_names == list(NAMES)
+        assert (found.origin.over, found.origin.n_images) == (over, n_images)
+        assert found.origin.head == {"templates": "a {}"}
+        assert (found.share_positive is None) == (name == "unsigned")
+        share = found.share_of_images.expand_as(found.mean_attribution)
+        table = parquet.read_table(job.folder / "runs" / name / "reliance.parquet")
+        assert len(table) == int((share > 0).sum())
+        expected = found.mean_attribution[share > 0].float().numpy()
+        np.testing.assert_array_equal(table.column("mean_attribution").to_numpy(), expected)
+
+
+def test_what_cannot_be_decoded_counts_in_no_class(job: Job):
+    shards = write_images(job.folder / "damaged", broken=(CHOSEN[0], CHOSEN[9]))
+    overrides = ["evaluation.explained=label", "evaluation.control=false", "name=damaged"]
+    assert job.run("all", *overrides, f"data.shards={shards}", "data.max_bad_fraction=0.2") == 0
+    assert job.metrics("damaged")["images"] == 18
+    found = load_reliance(job.folder / "runs" / "damaged")
+    seen = [place for place in range(20) if place not in (0, 9)]
+    labels = torch.arange(N_IMAGES)[CHOSEN][seen] * 7 // N_IMAGES
+    assert found.origin.n_images == labels.bincount(minlength=len(NAMES)).tolist()
+    every = job.attributions("all", job.texts(), [CHOSEN[place] for place in seen])
+    for number in range(len(NAMES)):
+        expected = every[labels == number, number].mean(0)
+        torch.testing.assert_close(found.mean_attribution[number], expected, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("sae", ["last", "all"])
+def test_half_precision(job: Job, sae: str):
+    """Weights in bf16, the dictionary in float32: the numbers to the digits that bf16 has."""
+    half = load_clip(job.model, precision="bf16")
+    identity = {"name": job.model, "weights_sha256": half.weights_sha256}
+    record = SaeRecord(SITES[sae].to_json(), identity, "data")
+    save_sae(job.saes[sae], job.folder / f"{sae}-half", record)
+    overrides = ["evaluation.explained=label", "model.precision=bf16"]
+    assert job.run(f"{sae}-half", *overrides) == 0
+    found = job.reliance(f"{sae}-half")["mean_attribution"]
+    if sae == "last":
+        expected = job.attributions(sae, job.texts(), list(range(N_IMAGES))).mean(0)
+    else:
+        labels = torch.arange(N_IMAGES)[CHOSEN] * 7 // N_IMAGES
+        every = job.attributions(sae, job.texts(), CHOSEN)
+        rows = [every[labels == number, number].mean(0) for number in range(len(NAMES))]
+        expected = torch.stack(rows)
+    assert float(torch.corrcoef(torch.stack([found.flatten(), expected.flatten()]))[0, 1]) > 0.98
+    torch.testing.assert_close(found.norm(), expected.norm(), rtol=0.05, atol=0)
 
 
 def test_images_are_explained_for_their_own_labels(job: Job, tmp_path):
@@ -273,7 +343,8 @@ def test_two_processes_find_the_numbers_of_one(job: Job, sae: str):
     assert done.returncode == 0, done.stderr[-2000:]
     check_equal(job.metrics(one), job.metrics(f"{sae}-two"))
     for name, matrix in job.reliance(one).items():
-        torch.testing.assert_close(job.reliance(f"{sae}-two")[name], matrix, rtol=1e-5, atol=1e-9)
+        other = job.reliance(f"{sae}-two")[name]
+        torch.testing.assert_close(other, matrix, rtol=1e-5, atol=1e-9, equal_nan=True)
 
 
 def check_equal(one: object, other: object) -> None:

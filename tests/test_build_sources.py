@@ -11,9 +11,11 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as arrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from clipattr.build.build import Options, build_shards
 from clipattr.build.open_source import Naming, open_source
@@ -382,16 +384,7 @@ def test_columns_that_are_not_there(birds: Path):
         open_source(str(birds / "nowhere.csv"))
 
 
-def test_parquet_needs_an_extra(tmp_path: Path, monkeypatch):
-    (tmp_path / "t.parquet").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ConfigError, match=r"needs pyarrow .*pip install 'clipattr\[parquet\]'"):
-        open_source(str(tmp_path / "t.parquet"))
-
-
 def test_parquet(birds: Path, tmp_path: Path):
-    arrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
     columns = {
         "path": ["img/0.jpg", "img/1.jpg", "img/2.jpg"],
         "label": [1.0, 0.0, None],

@@ -21,7 +21,7 @@ from clipattr.sae.topk import TopKSae
 from clipattr.spliced import Spliced
 from clipattr.training.spliced_module import SplicedModule
 from clipattr.training.trainer import build_tester
-from tests.tiny import save_tiny_clip
+from tests.tiny import CONFIG, save_tiny_clip
 
 N_IMAGES, N_LATENTS, STEPS = 9, 20, 5
 SITES = [Site(), Site(0), Site(0, "residual", "all"), Site(0, "neurons", "spatial")]
@@ -131,17 +131,27 @@ def test_the_table_equals_a_plain_loop(clip, tmp_path, site: Site, kind: str):
     found = measure(case, tmp_path)
     steps = found.n_steps
     assert steps == (3 if site in SITES[:2] and kind == "topk" else STEPS)
-    clean, areas, curves = 0.0, [0.0, 0.0], []
+    clean, rest, change, areas, curves = 0.0, 0.0, 0.0, [0.0, 0.0], []
     for image in range(N_IMAGES):
         effects = case.effects(image)
         both = case.curves(image, sorted(effects, key=lambda j: -effects[j]))
         both = [each[: steps + 1] for each in both]
         clean += both[0][0]
+        without = case.score(image, case.active(image))
+        rest += without
+        change += abs(both[0][0] - without)
         areas = [total + area(curve) for total, curve in zip(areas, both, strict=True)]
         curves.append(both)
     exact = found.results[Method.exact]
     assert exact.deletion_auc.mean == pytest.approx(areas[0] / clean, rel=1e-4)
     assert exact.insertion_auc.mean == pytest.approx(areas[1] / clean, rel=1e-4)
+    assert exact.deletion_drop.mean == pytest.approx((clean - areas[0]) / change, rel=1e-3)
+    assert exact.insertion_gain.mean == pytest.approx((areas[1] - rest) / change, rel=1e-3)
+    minus, lens = exact.differences, found.results[Method.logit_lens]
+    for name in ("deletion_drop", "insertion_gain"):
+        both = getattr(exact, name), getattr(lens, name)
+        assert minus[name].mean == pytest.approx(both[0].mean - both[1].mean, rel=1e-6)
+        assert both[0].low <= both[0].mean <= both[0].high
     table = torch.tensor(curves)
     for number, name in enumerate(("deletion", "insertion")):
         mean, error = getattr(exact, f"{name}_curve"), getattr(exact, f"{name}_error")
@@ -187,6 +197,19 @@ def test_class_numbers_and_rankings_equal_a_plain_loop(clip, tmp_path, site: Sit
     assert result.mean == pytest.approx(expected / float(clean.sum()), rel=1e-4)
     assert result.low <= result.mean <= result.high
     assert whole.results[Method.logit_lens].minus_logit_lens is None
+
+
+def test_a_drop_does_not_depend_on_where_the_scores_have_their_zero(clip, tmp_path):
+    """A bias moves the scores through 0: areas over a clean score near 0 say nothing then."""
+    case = build(clip, LAST)
+    one = measure(case, tmp_path)
+    scores = one.scores.compute().values[:, 0]
+    other = measure(case, tmp_path, bias=case.bias - float(scores.mean()) + 1e-3)
+    for method, found in one.results.items():
+        shifted = other.results[method]
+        assert shifted.deletion_drop == pytest.approx(found.deletion_drop, rel=1e-3, abs=1e-5)
+        assert shifted.insertion_gain == pytest.approx(found.insertion_gain, rel=1e-3, abs=1e-5)
+        assert abs(shifted.deletion_auc.mean - found.deletion_auc.mean) > 1
 
 
 def test_the_closed_form_and_the_suffix_give_the_same_effects(clip):
@@ -255,3 +278,22 @@ def test_a_direction_of_neurons_is_read_through_their_output_weights(clip):
         moved = directions @ visual.transformer.resblocks[0].mlp.c_proj.weight.T
         expected = visual.ln_post(moved) @ visual.proj
         torch.testing.assert_close(cut.read_directly(directions), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("pool", ["tok", "avg"])
+def test_directions_are_read_in_the_precision_of_the_tower(tmp_path, precision: str, pool: str):
+    """The vectors come in float32 and leave in it, whatever the weights are."""
+    vision = CONFIG["model_cfg"]["vision_cfg"] | {"pool_type": pool}
+    path = save_tiny_clip(tmp_path / "tiny", vision_cfg=vision)
+    whole, half = (image_tower(load_clip(path, precision=p).model) for p in ("fp32", precision))
+    assert half.cut(LAST).trunk.dtype != torch.float32
+    generator = torch.Generator().manual_seed(0)
+    streams = ("residual", "heads", "neurons")
+    for site in [*(Site(0, stream, "all") for stream in streams), Site(1, "embedding")]:
+        directions = torch.randn(5, whole.cut(site).d_site, generator=generator)
+        with torch.no_grad():
+            expected = whole.cut(site).read_directly(directions)
+            found = half.cut(site).read_directly(directions)
+        assert found.dtype == torch.float32
+        assert float((found - expected).norm() / expected.norm()) < 0.03

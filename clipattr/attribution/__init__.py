@@ -3,7 +3,7 @@
 Everywhere: `score`, `contrast`; references; the methods; `merge_tokens`; orders and curves;
 `explain`, which puts them together for an image. At the last layer's class token the same in closed
 form: `closed_form_attribution`, `class_attributions`, `lens_parts`, `read_edits`, and the sums over
-a data set of `reliance`.
+a data set of `reliance`. `load_reliance` reads what an evaluation made of a data set.
 """
 
 from clipattr.attribution.baselines import (
@@ -45,6 +45,7 @@ from clipattr.attribution.gradients import (
     score_gradient,
     two_point,
 )
+from clipattr.attribution.patches import ReadParts, attribute_reads
 from clipattr.attribution.ranking import active_order, global_steps, listed_steps, steps_of
 from clipattr.attribution.references import (
     at_reference,
@@ -55,8 +56,15 @@ from clipattr.attribution.references import (
 from clipattr.attribution.reliance import (
     RelianceSums,
     add_reliance,
+    count_positive,
     empty_reliance,
     reliance_matrix,
+)
+from clipattr.attribution.reliance_files import (
+    Reliance,
+    RelianceOrigin,
+    load_reliance,
+    save_reliance,
 )
 from clipattr.attribution.score import HeadScore, Score, clean_scores, contrast
 from clipattr.attribution.tokens import MergedCodes, merge_tokens
@@ -70,6 +78,9 @@ __all__ = [
     "LensParts",
     "LensTable",
     "MergedCodes",
+    "ReadParts",
+    "Reliance",
+    "RelianceOrigin",
     "RelianceSums",
     "Score",
     "act_times_logit_lens",
@@ -77,6 +88,7 @@ __all__ = [
     "add_reliance",
     "area_under",
     "at_reference",
+    "attribute_reads",
     "attribution_patching",
     "both_curves",
     "build_lens_table",
@@ -86,6 +98,7 @@ __all__ = [
     "completeness_gap",
     "contrast",
     "corrected_patching",
+    "count_positive",
     "deletion_curve",
     "empty_reliance",
     "energy",
@@ -99,6 +112,7 @@ __all__ = [
     "integrated_gradients",
     "lens_parts",
     "listed_steps",
+    "load_reliance",
     "logit_lens",
     "logit_lens_table",
     "merge_tokens",
@@ -108,6 +122,7 @@ __all__ = [
     "random_scores",
     "read_edits",
     "reliance_matrix",
+    "save_reliance",
     "score_gradient",
     "steps_of",
     "two_point",

@@ -6,21 +6,28 @@ applied once at the end:
 
     R_c. = sum_n a_nj (J_n v_j) . w_c,    a J v_j = u_j (A_j - r_j h - (r_j + q_j) e0)
     u_j = a_j / (s |e|),  q_j = v_j . x_bar / d,  r_j = (A_j . e^ - q_j (e0 . e^)) / |e|
+
+A sign has no such sum: how often an attribution is positive is counted from `class_attributions`,
+a block of rows at a time, which costs active latents x classes per image.
 """
 
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float64, Int32
 from torch import Tensor
 
-from clipattr.attribution.closed_form import LastLayerHead, LensTable, read_state
+from clipattr.attribution.closed_form import (
+    LastLayerHead,
+    LensTable,
+    class_attributions,
+    read_state,
+)
 from clipattr.attribution.gradients import project_on_decoder
-from clipattr.codes import SparseCodes
-from clipattr.sparse import kernels_for
+from clipattr.codes import SparseCodes, add_transposed
 
-# Rows that are turned into float64 at a time.
-_BLOCK = 2048
+# Attributions that exist at a time while signs are counted (16 MB): memory, not the result.
+_ENTRIES = 2**22
 
 
 class RelianceSums(NamedTuple):
@@ -58,7 +65,7 @@ def add_reliance(
     """Add a batch in place. Only the rows of latents that are active in it are touched."""
     moves = _read_moves(head, table, x, codes, W_dec)
     _add_scalars(sums.scale, sums.shift, moves, codes)
-    _add_rows(sums.state, codes, moves.along_state, moves.linear)
+    add_transposed(sums.state, moves.along_state, codes.indices, moves.linear)
 
 
 @torch.no_grad()
@@ -78,8 +85,28 @@ def reliance_matrix(
     by_class = torch.zeros_like(table.logits, dtype=torch.float64)
     scale, shift = torch.zeros_like(by_class[:, :2]).unbind(dim=1)
     _add_scalars(scale, shift, moves, codes)
-    _add_rows(by_class, codes, moves.along_state, moves.linear @ head.weights.T)
+    by_image = moves.linear @ head.weights.T
+    add_transposed(by_class, moves.along_state, codes.indices, by_image)
     return _assemble(scale, shift, by_class, head, table)
+
+
+@torch.no_grad()
+def count_positive(
+    counts: Int32[Tensor, "latent class"],
+    head: LastLayerHead,
+    table: LensTable,
+    x: Float[Tensor, "batch model"],
+    codes: SparseCodes,
+    W_dec: Float[Tensor, "latent model"],
+) -> None:
+    """Add, in place, the images of a batch in which an attribution is positive."""
+    n_rows = max(1, _ENTRIES // (codes.indices.shape[1] * counts.shape[1]))
+    for rows in torch.arange(len(x), device=x.device).split(n_rows):
+        block = codes.select(rows)
+        # Padding has the attribution 0, which is not positive.
+        found = class_attributions(head, table, x[rows], block, W_dec).flatten(0, 1)
+        # Not index_add_, which takes integers one by one on the CPU: 4 times as long.
+        counts.index_put_((block.indices.flatten(),), found.gt_(0).int(), accumulate=True)
 
 
 class _Moves(NamedTuple):
@@ -127,21 +154,3 @@ def _add_scalars(
     latents = codes.indices.flatten()
     scale.index_add_(0, latents, moves.scale.flatten().double())
     shift.index_add_(0, latents, moves.shift.flatten().double())
-
-
-def _add_rows(
-    total: Float64[Tensor, "latent width"],
-    codes: SparseCodes,
-    factors: Float[Tensor, "batch active"],
-    vectors: Float[Tensor, "batch width"],
-) -> None:
-    """Add sum_n factors_nj vectors_n to row j: pairs sorted by latent are bags of images."""
-    ordered, order = codes.indices.flatten().int().sort(stable=True)
-    latents, bags, counts = ordered.unique_consecutive(return_inverse=True, return_counts=True)
-    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    images = order // codes.indices.shape[1]
-    moved = kernels_for(vectors).sum_bags(
-        factors.flatten()[order], images, starts, vectors.contiguous(), bags
-    )
-    for rows, block in zip(latents.split(_BLOCK), moved.split(_BLOCK), strict=True):
-        total.index_add_(0, rows, block.double())

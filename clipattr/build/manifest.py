@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+import pyarrow as arrow
+from pyarrow import parquet
+
 from clipattr.build.sources import Failure, Trouble, as_texts
 from clipattr.errors import ConfigError, DataError
 
@@ -133,8 +136,6 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
 
 
 def _read_parquet(path: Path) -> Table:
-    arrow = import_extra("pyarrow", "parquet", f"reading {path}")
-    parquet = import_extra("pyarrow.parquet", "parquet", f"reading {path}")
     try:
         read = parquet.ParquetFile(path).read()
     except arrow.ArrowInvalid as error:
@@ -143,14 +144,14 @@ def _read_parquet(path: Path) -> Table:
     columns: dict[str, list[object]] = {}
     ignored: Counter[str] = Counter()
     for name in read.column_names:
-        if is_binary(arrow, read.schema.field(name).type):
+        if is_binary(read.schema.field(name).type):
             ignored[f"column {name} (bytes)"] += read.num_rows
         else:
             columns[name] = read.column(name).to_pylist()
     return Table(path, columns, range(1, read.num_rows + 1), ignored=ignored)
 
 
-def is_binary(arrow: Any, kind: Any) -> bool:
+def is_binary(kind: Any) -> bool:
     """Whether a type of Arrow holds bytes, which JSON cannot."""
     children = [kind.field(number).type for number in range(kind.num_fields)]
     if arrow.types.is_map(kind):
@@ -160,7 +161,7 @@ def is_binary(arrow: Any, kind: Any) -> bool:
         arrow.types.is_large_binary(kind),
         arrow.types.is_fixed_size_binary(kind),
     )
-    return any(bytes_types) or any(is_binary(arrow, child) for child in children)
+    return any(bytes_types) or any(is_binary(child) for child in children)
 
 
 def import_extra(module: str, extra: str, purpose: str) -> Any:

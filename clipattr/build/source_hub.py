@@ -124,7 +124,6 @@ def read_hub(
         classes: names in the order of the labels; default: those that the dataset gives.
     """
     datasets = import_extra("datasets", EXTRA, "a hub set")
-    arrow = import_extra("pyarrow", EXTRA, "a hub set")
     image = _only_column(dataset, datasets.Image, image)
     known = {
         name: list(feature.names)
@@ -138,7 +137,7 @@ def read_hub(
     ignored = {
         f"column {name} (bytes)": len(dataset)
         for name in dataset.column_names
-        if name != image and is_binary(arrow, schema.field(name).type)
+        if name != image and is_binary(schema.field(name).type)
     }
     kept = [name for name in dataset.column_names if f"column {name} (bytes)" not in ignored]
     chosen = choose_columns(

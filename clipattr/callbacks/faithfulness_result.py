@@ -33,6 +33,10 @@ class Faithfulness(NamedTuple):
     insertion_error: list[float]
     deletion_auc: Interval
     insertion_auc: Interval
+    deletion_drop: Interval
+    """fall of the score, on average over the deletion curve, over the change by all latents"""
+    insertion_gain: Interval
+    """the same of its rise over the insertion curve, from the rest"""
     spearman_exact: Interval
     pearson_exact: Interval
     overlap_exact: Interval
@@ -93,14 +97,17 @@ def summarise(
     resamples: int,
     seed: int,
 ) -> Faithfulness:
-    """One method, beside the table of logit lens and the clean score and its change."""
+    """One method, beside the table of logit lens, the clean score and its drop to the rest."""
     draw = _Bootstrap(resamples, seed)
     by_name = dict(zip(COLUMNS, table.T, strict=True))
-    clean, change = scores.T
+    clean, drop = scores.T
+    change = drop.abs()
     means, squares = curves.compute().split(2)
     # Rounding may leave a variance of zero a little below it.
     errors = ((squares - means.square()).clamp(min=0) / len(table)).sqrt()
-    differences = {} if method is Method.logit_lens else _differences(draw, table, reference, clean)
+    differences = {}
+    if method is not Method.logit_lens:
+        differences = _differences(draw, table, reference, clean, change)
     defined = ~(by_name["spearman"].isnan() | by_name["overlap"].isnan())
     has_units = method in IN_UNITS
     return Faithfulness(
@@ -110,6 +117,8 @@ def summarise(
         insertion_error=errors[1].tolist(),
         deletion_auc=draw.ratio(by_name["deletion"], clean),
         insertion_auc=draw.ratio(by_name["insertion"], clean),
+        deletion_drop=draw.ratio(clean - by_name["deletion"], change),
+        insertion_gain=draw.ratio(by_name["insertion"] - (clean - drop), change),
         spearman_exact=draw.mean(by_name["spearman"]),
         pearson_exact=draw.mean(by_name["pearson"]),
         overlap_exact=draw.mean(by_name["overlap"]),
@@ -173,13 +182,15 @@ def mean_by_class(
 
 
 def _differences(
-    draw: _Bootstrap, table: Tensor, reference: Tensor, clean: Tensor
+    draw: _Bootstrap, table: Tensor, reference: Tensor, clean: Tensor, change: Tensor
 ) -> dict[str, Interval]:
     """This method minus logit lens."""
     found = {
         f"{name}_auc": draw.difference(table[:, number], reference[:, number], clean)
         for number, name in enumerate(AREAS)
     }
+    found["deletion_drop"] = draw.difference(reference[:, 0], table[:, 0], change)
+    found["insertion_gain"] = draw.difference(table[:, 1], reference[:, 1], change)
     for number, name in enumerate(AGREEMENTS, start=len(AREAS)):
         found[f"{name}_exact"] = draw.mean(table[:, number] - reference[:, number])
     return found

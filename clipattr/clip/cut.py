@@ -159,18 +159,22 @@ class Cut:
         """Embeddings of vectors of the site's width as if they were the tower's output.
 
         Every block behind the site is left out: the logit lens of a direction. Of heads and neurons
-        what their output projection makes of them, without its bias.
+        what their output projection makes of them, without its bias. It is computed in the
+        precision of the tower, and given back in that of `x`.
         """
+        if self.site.stream == "embedding":
+            return x
+        read = x.to(self.trunk.dtype)
+        nothing = torch.zeros_like(read[:1])
         match self.site.stream:
-            case "embedding":
-                return x
             case "heads":
-                x = self.block.from_heads(x) - self.block.from_heads(torch.zeros_like(x[:1]))
+                read = self.block.from_heads(read) - self.block.from_heads(nothing)
             case "neurons":
-                x = self.block.from_neurons(x) - self.block.from_neurons(torch.zeros_like(x[:1]))
+                read = self.block.from_neurons(read) - self.block.from_neurons(nothing)
         if self.trunk.pools_cls:
-            return self.trunk.head_of_cls(x)
-        return self.trunk.head(x[:, None].expand(-1, self.trunk.n_prefix + 1, -1), None)
+            return self.trunk.head_of_cls(read).to(x.dtype)
+        read = read[:, None].expand(-1, self.trunk.n_prefix + 1, -1)
+        return self.trunk.head(read, None).to(x.dtype)
 
     def take(self, tokens: Tensor, inputs: Tensor | None) -> Activation:
         """The site's tokens out of all."""

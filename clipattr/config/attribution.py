@@ -17,10 +17,10 @@ class AttributionConfig(FaithfulnessConfig):
 
     explained: Explained = Explained.predicted
     """the class that each image is explained for: predicted (by the head), or label"""
-    control: bool = True
-    """the same table for an untrained dictionary of the same size and as many active latents"""
     top: int = 20
     """latents of each class in reliance.csv"""
+    signs: bool = True
+    """share of positive attributions; behind the last block it costs latents x classes per image"""
 
     def check(self) -> None:
         """Raise ConfigError when a value cannot work."""

@@ -10,6 +10,8 @@ logger = logging.getLogger(__name__)
 INTERVALS = (
     "deletion_auc",
     "insertion_auc",
+    "deletion_drop",
+    "insertion_gain",
     "spearman_exact",
     "pearson_exact",
     "overlap_exact",
@@ -60,7 +62,8 @@ def log_table(
     title: str, local: FaithfulnessCallback, by_class_mean: GlobalDeletionCallback
 ) -> None:
     """One line per method."""
-    header = ("deletion", "- lens", "insertion", "Spearman", "Pearson", "overlap", "gap", "global")
+    header = ("deletion", "- lens", "insertion", "drop", "gain")
+    header += ("Spearman", "Pearson", "overlap", "gap", "global")
     logger.info("%s, %d images, %d steps", title, len(local.targets), local.n_steps)
     logger.info("  %-22s" + " %9s" * len(header), "", *header)
     for method, found in local.results.items():
@@ -68,6 +71,8 @@ def log_table(
             found.deletion_auc,
             found.minus_logit_lens,
             found.insertion_auc,
+            found.deletion_drop,
+            found.insertion_gain,
             found.spearman_exact,
             found.pearson_exact,
             found.overlap_exact,

@@ -1,59 +1,51 @@
 """How faithful attribution is for a model, an SAE and a head, and on what each class relies."""
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import lightning as L
 import torch
-from jaxtyping import Float
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 from clipattr.atomic import write_bytes, write_text
+from clipattr.attribution import Reliance, RelianceOrigin, save_reliance
+from clipattr.attribution.reliance_files import ALL_IMAGES, IMAGES_OF_CLASS
 from clipattr.callbacks import FaithfulnessCallback, GlobalDeletionCallback, RelianceCallback
 from clipattr.config.choices import Method
 from clipattr.config.schema import EvaluateAttribution
-from clipattr.files import save_weights
 from clipattr.jobs.attribution_inputs import Head, Rows, load_head, needed, read_rows
 from clipattr.jobs.attribution_metrics import collect_faithfulness, log_table
 from clipattr.jobs.class_head import load_classes
 from clipattr.jobs.evaluate_sae import load_spliced
 from clipattr.jobs.model import load_model
 from clipattr.jobs.shards import find_images
-from clipattr.jobs.site_states import Batch
+from clipattr.jobs.site_states import Batch, OwnRows
 from clipattr.jobs.start import Plan, describe_files, describe_model, describe_shards
+from clipattr.jobs.untrained import build_untrained
 from clipattr.report.faithfulness import Curve, MethodCurves, faithfulness_png
-from clipattr.report.reliance import reliance_table
+from clipattr.report.reliance import reliance_table, write_reliance_parquet
 from clipattr.runs import RunFolder
-from clipattr.sae.topk import TopKSae
 from clipattr.spliced import Spliced
 from clipattr.training.spliced_module import SplicedModule
 from clipattr.training.trainer import build_tester
 
 logger = logging.getLogger(__name__)
 
-METRICS, PICTURE, TABLE, MATRIX = (
+METRICS, PICTURE, TABLE, LONG_TABLE, MATRIX = (
     "metrics.json",
     "faithfulness.png",
     "reliance.csv",
+    "reliance.parquet",
     "reliance.safetensors",
 )
 
 
-class Reliance(NamedTuple):
-    """Mean attribution, and in which share of the images each latent fires."""
-
-    mean_attribution: Float[Tensor, "class latent"]
-    share_of_images: Float[Tensor, " latent"]
-    over: str
-    """which images the mean of a class is over"""
-
-
 def evaluate_attribution(config: EvaluateAttribution, command: list[str]) -> None:
-    """Write metrics.json, faithfulness.png, reliance.csv and reliance.safetensors of the run."""
-    plan = Plan(config, command, _describe_inputs(config), (METRICS, PICTURE, TABLE, MATRIX))
+    """Write metrics.json, faithfulness.png, and reliance as .csv, .parquet and .safetensors."""
+    files = (METRICS, PICTURE, TABLE, LONG_TABLE, MATRIX)
+    plan = Plan(config, command, _describe_inputs(config), files)
     if plan.is_finished():
         return
     progress = config.trainer.progress
@@ -63,13 +55,15 @@ def evaluate_attribution(config: EvaluateAttribution, command: list[str]) -> Non
     head = load_head(config, clip)
     rows = read_rows(config, clip, spliced, images, head)
     run = plan.open()
-    l0, fired = _count(spliced, rows.chosen)
     table = _measure(config, run.path, spliced, head, rows)
     control = None
     if config.evaluation.control:
-        untrained = _untrained(config, spliced, rows.chosen, k=max(1, round(l0)))
+        x = torch.cat([x.flatten(0, -2) for x, _, _ in rows.chosen])
+        k = max(1, round(_count_active(spliced, rows.chosen)))
+        untrained = build_untrained(spliced, x, k=k, seed=config.seed)
         control = _measure(config, run.path, untrained, head, rows)
-    reliance = _find_reliance(config, run.path, spliced, head, rows, table, fired)
+    model = {"name": config.model.name, "weights_sha256": clip.weights_sha256}
+    reliance = _find_reliance(config, run.path, spliced, head, rows, table, model)
     run.write_bad([one._asdict() for one in rows.bad])
     run.update_manifest(data=images.usable.fingerprint)
     if table.is_first_process:
@@ -97,20 +91,6 @@ def _describe_inputs(config: EvaluateAttribution) -> dict[str, object]:
     if config.probe is not None:
         weights += [Path(config.probe) / f"probe.{kind}" for kind in ("json", "safetensors")]
     return {**inputs, "weights": describe_files(weights)}
-
-
-class OwnRows:
-    """The part of each batch that one of several processes takes: each image once over all."""
-
-    def __init__(self, batches: Iterable[Batch], rank: int, world_size: int) -> None:
-        self._batches = batches
-        self._rank, self._world_size = rank, world_size
-
-    def __iter__(self) -> Iterator[Batch]:
-        for x, rows, rest in self._batches:
-            chosen = torch.arange(self._rank, len(rows), self._world_size, device=rows.device)
-            if len(chosen):
-                yield x[chosen], rows[chosen], rest.rows(chosen)
 
 
 def _test(
@@ -151,35 +131,14 @@ def _measure(
 
 
 @torch.no_grad()
-def _count(spliced: Spliced, batches: list[Batch]) -> tuple[float, Float[Tensor, " latent"]]:
-    """Active latents of a row on average, and the share of the images in which each fires."""
-    n_active, n_rows, n_images = 0, 0, 0
-    device = spliced.sae.b_enc.device
-    fired = torch.zeros(spliced.sae.n_latents, dtype=torch.float64, device=device)
+def _count_active(spliced: Spliced, batches: list[Batch]) -> float:
+    """Active latents of a row on average."""
+    n_active, n_rows = 0, 0
     for x, _, _ in batches:
-        codes = spliced.sae.encode(x.to(device))
+        codes = spliced.sae.encode(x.to(spliced.sae.b_enc.device))
         n_active += int(codes.is_active.sum())
         n_rows += codes.values[..., 0].numel()
-        n_images += len(x)
-        for one in torch.arange(len(x), device=device):
-            of_image = codes.select(one[None])
-            fired[of_image.indices[of_image.is_active].unique()] += 1
-    return n_active / n_rows, fired / n_images
-
-
-def _untrained(
-    config: EvaluateAttribution, spliced: Spliced, batches: list[Batch], *, k: int
-) -> Spliced:
-    """Random directions around the mean of the data: what attribution says of any dictionary."""
-    trained = spliced.sae
-    sae = TopKSae(
-        d_model=trained.d_model,
-        n_latents=trained.n_latents,
-        k=k,
-        generator=torch.Generator().manual_seed(config.seed),
-    )
-    sae.initialise_from(torch.cat([x.flatten(0, -2) for x, _, _ in batches]).cpu())
-    return Spliced(spliced.cut, sae.requires_grad_(False).to(trained.b_enc.device))
+    return n_active / n_rows
 
 
 def _find_reliance(
@@ -189,18 +148,42 @@ def _find_reliance(
     head: Head,
     rows: Rows,
     table: Table,
-    fired: Float[Tensor, " latent"],
+    model: dict[str, str],
 ) -> Reliance:
     """Of all images and every class in closed form; elsewhere of the images of each class."""
+    signs = config.evaluation.signs
     if rows.all is not None:
-        found = RelianceCallback(spliced, head.weights)
+        found = RelianceCallback(spliced, head.weights, signs=signs)
         _test(config, folder, spliced, rows.all, found)
-        assert found.mean_attribution is not None, "after the test"
-        assert found.share_of_images is not None, "after the test"
-        return Reliance(found.mean_attribution, found.share_of_images, "all images")
-    counts = rows.targets.bincount(minlength=len(head.names)).clamp(min=1)
-    totals = table.local.class_totals[Method.attribution_patching]
-    return Reliance(totals / counts[:, None].to(totals.device), fired, "images of the class")
+        n_images, over = [found.n_images] * len(head.names), ALL_IMAGES
+        mean, share, positive = found.mean_attribution, found.share_of_images, found.share_positive
+        assert mean is not None, "after the test"
+        assert share is not None, "after the test"
+    else:
+        counts = table.local.counts
+        assert counts is not None, "attribution_patching is among the methods"
+        n_images, over = counts.images.tolist(), IMAGES_OF_CLASS
+        below = counts.images.clamp(min=1)[:, None]
+        mean = table.local.class_totals[Method.attribution_patching] / below
+        share = counts.fired.double() / below
+        positive = counts.positive.float() / counts.fired if signs else None
+    origin = RelianceOrigin(
+        class_names=list(head.names),
+        n_images=n_images,
+        over=over,
+        model=model,
+        site=spliced.cut.site.to_json(),
+        sae=config.sae,
+        head=_describe_head(config),
+    )
+    return Reliance(mean, share, positive, origin)
+
+
+def _describe_head(config: EvaluateAttribution) -> dict[str, str]:
+    if config.zeroshot is not None:
+        return {"templates": config.zeroshot.templates}
+    assert config.probe is not None, "checked by the config"
+    return {"probe": config.probe}
 
 
 def _write(
@@ -211,7 +194,9 @@ def _write(
     control: Table | None,
     reliance: Reliance,
 ) -> None:
-    n_images = len(table.local.targets)
+    counts = table.local.counts
+    assert counts is not None, "attribution_patching is among the methods"
+    n_images = int(counts.images.sum())
     metrics = collect_faithfulness(table.local, table.by_class_mean, head.names)
     settings = {
         "images": n_images,
@@ -235,8 +220,6 @@ def _write(
         for method, found in table.local.results.items()
     ]
     write_bytes(run.path / PICTURE, faithfulness_png(curves, n_images))
-    mean, share = reliance.mean_attribution.cpu(), reliance.share_of_images.cpu()
-    write_text(run.path / TABLE, reliance_table(head.names, mean, share, config.evaluation.top))
-    tensors = {"mean_attribution": mean.contiguous(), "share_of_images": share.contiguous()}
-    described = {"class_names": list(head.names), "over": reliance.over}
-    save_weights(run.path, Path(MATRIX).stem, tensors, described)
+    write_text(run.path / TABLE, reliance_table(reliance, config.evaluation.top))
+    write_reliance_parquet(reliance, run.path / LONG_TABLE)
+    save_reliance(reliance, run.path)
