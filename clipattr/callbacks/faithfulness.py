@@ -6,7 +6,6 @@ latent and image: deleted at all its tokens. An image with fewer active latents 
 curve that stays flat.
 """
 
-import lightning as L
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
@@ -24,7 +23,7 @@ from clipattr.callbacks.faithfulness_result import (
     summarise_unrestricted,
 )
 from clipattr.config.choices import Method
-from clipattr.metrics.class_sums import ClassSums
+from clipattr.metrics.class_sums import ClassCounts, ClassSums, Counts
 from clipattr.metrics.matrix_sum import MatrixSum
 from clipattr.metrics.per_image import PerImage
 from clipattr.metrics.ranks import pearson, spearman, top_overlap
@@ -63,7 +62,8 @@ class FaithfulnessCallback(ReadoutCallback):
             seed: of the intervals, and of the random orders.
             bias: of the classes.
             sum_classes: fill `class_totals`, the attribution summed over the images of each class,
-                and `rankings`, its first latents: 8 bytes x classes x latents for each method.
+                and `rankings`, its first latents: 8 bytes x classes x latents for each method;
+                and `counts`, of images of each class in which attribution patching is positive.
         """
         sae = spliced.sae
         has_tokens = spliced.cut.site.tokens != "cls"
@@ -81,6 +81,7 @@ class FaithfulnessCallback(ReadoutCallback):
         self.by_class: dict[Method, dict[int, dict[str, float | int]]] = {}
         self.class_totals: dict[Method, Float64[Tensor, "class latent"]] = {}
         self.rankings: dict[Method, Int[Tensor, "class step"]] = {}
+        self.counts: Counts | None = None
         self.completeness_gap = float("nan")
         super().__init__(*self._build_metrics(len(weights), sae.n_latents, sum_classes))
 
@@ -88,17 +89,23 @@ class FaithfulnessCallback(ReadoutCallback):
         methods = self.methods
         self.tables = {method: PerImage(COLUMNS) for method in methods}
         self.curves = {method: MatrixSum(4, self.n_steps + 1) for method in methods}
-        self.scores = PerImage(("clean", "change"))
+        self.scores = PerImage(("clean", "drop"))
         self.lens_first = self.reader.lens.topk(self.n_steps, dim=1).indices
         self.whole_lens = PerImage(("deletion", "insertion"))
         self.class_sums = {
             method: ClassSums(n_classes=n_classes, n_latents=n_latents)
             for method in (methods if sum_classes else ())
         }
+        self.class_counts = {
+            method: ClassCounts(n_classes=n_classes, n_latents=n_latents)
+            for method in self.class_sums
+            if method is Method.attribution_patching
+        }
         return [
             *self.tables.values(),
             *self.curves.values(),
             *self.class_sums.values(),
+            *self.class_counts.values(),
             self.scores,
             self.whole_lens,
         ]
@@ -127,9 +134,11 @@ class FaithfulnessCallback(ReadoutCallback):
             self.curves[method].update(moments.sum(dim=1), len(rows))
             if self.class_sums:
                 self.class_sums[method].update(targets, effects.codes, attributions)
+            if method in self.class_counts:
+                self.class_counts[method].update(targets, effects.codes, attributions)
         self.whole_lens.update(rows, areas[-1].T)
-        change = (effects.clean - effects.rest).abs()
-        self.scores.update(rows, torch.stack([effects.clean, change], dim=1))
+        drop = effects.clean - effects.rest
+        self.scores.update(rows, torch.stack([effects.clean, drop], dim=1))
 
     def _attribute(self, method: Method, effects: Effects, rows: Tensor, targets: Tensor) -> Tensor:
         if method is not Method.random:
@@ -156,7 +165,7 @@ class FaithfulnessCallback(ReadoutCallback):
         ]
         return torch.stack(columns, dim=1)
 
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def finish(self) -> None:
         """Intervals over images; areas are divided by the clean score, sums first."""
         rows, scores = self.scores.compute()
         tables = {method: table.compute().values for method, table in self.tables.items()}
@@ -179,6 +188,21 @@ class FaithfulnessCallback(ReadoutCallback):
         for method, sums in self.class_sums.items():
             self.class_totals[method] = sums.compute()
             self.rankings[method] = self.class_totals[method].topk(self.n_steps, dim=1).indices
+        for counts in self.class_counts.values():
+            self.counts = counts.compute()
         if Method.integrated_gradients in tables:
             missing = tables[Method.integrated_gradients][:, COLUMNS.index("missing")]
-            self.completeness_gap = float(missing.sum() / scores[:, 1].sum())
+            self.completeness_gap = float(missing.sum() / scores[:, 1].abs().sum())
+
+    def means(self) -> dict[Method, dict[str, float | int]]:
+        """The numbers of `results` over all images, merged over processes, without intervals.
+
+        Instead of `finish`, where nothing is drawn, and where an SAE may still be so bad that an
+        interval is not defined.
+        """
+        _, scores = self.scores.compute()
+        together = scores.new_zeros(len(scores), dtype=torch.int64)
+        return {
+            method: mean_by_class(table.compute().values, scores, together)[0]
+            for method, table in self.tables.items()
+        }

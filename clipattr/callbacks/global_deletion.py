@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import lightning as L
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -70,7 +69,7 @@ class GlobalDeletionCallback(ReadoutCallback):
                 self.tables[method].update(rows, of_method)
             self.scores.update(rows, effects.clean[:, None])
 
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def finish(self) -> None:
         """Intervals over images, as of the local curves."""
         clean = self.scores.compute().values[:, 0]
         tables = {method: table.compute().values for method, table in self.tables.items()}

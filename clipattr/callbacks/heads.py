@@ -1,6 +1,5 @@
 """Score of every image under two heads, and how much attribution falls on cue latents."""
 
-import lightning as L
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
@@ -74,7 +73,7 @@ class HeadsCallback(ReadoutCallback):
         unit = normalize(self.spliced.cut.suffix(x), dim=-1)
         return unit @ self.head.weights.T + self.bias
 
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def finish(self) -> None:
         """All images, sorted by row."""
         columns = self.table.compute().values.T
         self.result = dict(zip(self.columns, columns, strict=True))

@@ -1,6 +1,5 @@
 """How well the SAE reconstructs, and that a splice without an edit is the identity."""
 
-import lightning as L
 import torch
 from torchmetrics import MaxMetric
 
@@ -30,7 +29,7 @@ class ReconstructionCallback(ReadoutCallback):
         clean = self.spliced.cut.suffix(readout.x, readout.rest)
         self.splice_error.update((spliced - clean).abs().max())
 
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def finish(self) -> None:
         """Divide once, over the whole set."""
         result = self.reconstruction.compute()
         self.sae = {

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import lightning as L
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
@@ -110,7 +109,7 @@ class SaeEvaluation(ReadoutCallback):
             embedding, None if self.head is None else self.head.logits(embedding.double())
         )
 
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def finish(self) -> None:
         """Divide once, over the whole set."""
         for name in self.places:
             found = self.reconstructions[name].compute()

@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from clipattr.clip import Clip
+from clipattr.clip import Clip, Cut
 from clipattr.config.choices import Explained
+from clipattr.config.inputs import DataConfig
 from clipattr.config.schema import EvaluateAttribution
-from clipattr.data import BadSample
+from clipattr.data import BadSample, Ranks
 from clipattr.data.index import ShardIndex
 from clipattr.data.shards import read_label
 from clipattr.jobs.class_head import load_classes, needed_fields
@@ -73,21 +74,57 @@ def read_rows(
     The states of the chosen images are kept for every pass: 4 bytes x tokens x width of each, twice
     where the suffix needs a rest.
     """
-    n_images = len(images.usable)
-    order = spread(n_images, min(config.evaluation.images, n_images))
-    if spliced.cut.has_last_layer:
-        states = CachedStates(
-            clip, spliced.cut, images, config.data, n_mean=1, progress=config.trainer.progress
-        )
-        batches = _renumber(states, torch.from_numpy(order), n_images)
-        every = states
+    found = read_chosen(
+        clip,
+        spliced.cut,
+        images,
+        config.data,
+        n_chosen=config.evaluation.images,
+        progress=config.trainer.progress,
+    )
+    if config.evaluation.explained is Explained.label:
+        targets = _read_labels(found.samples, head)
     else:
-        selected = Images(images.usable.select(order), images.bad)
-        states = FreshStates(clip, spliced.cut, selected, config.data, n_mean=1)
-        batches, every = list(states), None
+        targets = predict(spliced.cut, found.batches, head, len(found.samples))
+    return Rows(found.batches, found.all, targets, found.bad)
+
+
+class Chosen(NamedTuple):
+    """Some images of a set, spread over it, at a site."""
+
+    batches: list[Batch]
+    """rows are counted within the chosen images"""
+    samples: ShardIndex
+    """the chosen images"""
+    all: CachedStates | None
+    """every image of the set, where all are cached"""
+    bad: list[BadSample]
+
+
+def read_chosen(
+    clip: Clip,
+    cut: Cut,
+    images: Images,
+    data: DataConfig,
+    *,
+    n_chosen: int,
+    ranks: Ranks = Ranks(),  # noqa: B008  immutable
+    progress: bool,
+) -> Chosen:
+    """Cached rows behind the last block; elsewhere the chosen images alone go through the prefix.
+
+    `ranks` write the cache together, and each has all of the chosen images.
+    """
+    n_images = len(images.usable)
+    order = spread(n_images, min(n_chosen, n_images))
     index = images.usable.select(order)
-    targets = _choose_targets(config, spliced, index, head, batches)
-    return Rows(batches, every, targets, states.bad)
+    if cut.has_last_layer:
+        cached = CachedStates(clip, cut, images, data, n_mean=1, ranks=ranks, progress=progress)
+        batches = _renumber(cached, torch.from_numpy(order), n_images)
+        return Chosen(batches, index, cached, cached.bad)
+    fresh = FreshStates(clip, cut, Images(index, images.bad), data, n_mean=1)
+    batches = list(fresh)
+    return Chosen(batches, index, None, fresh.bad)
 
 
 def _renumber(states: CachedStates, order: Tensor, n_images: int) -> list[Batch]:
@@ -102,21 +139,18 @@ def _renumber(states: CachedStates, order: Tensor, n_images: int) -> list[Batch]
     return found
 
 
+def _read_labels(index: ShardIndex, head: Head) -> Int[Tensor, " image"]:
+    assert head.label is not None, "checked by the config"
+    label = head.label
+    return torch.tensor([read_label(one, label, head.names) for one in index])
+
+
 @torch.no_grad()
-def _choose_targets(
-    config: EvaluateAttribution,
-    spliced: Spliced,
-    index: ShardIndex,
-    head: Head,
-    batches: list[Batch],
-) -> Int[Tensor, " image"]:
-    if config.evaluation.explained is Explained.label:
-        assert head.label is not None, "checked by the config"
-        label = head.label
-        return torch.tensor([read_label(one, label, head.names) for one in index])
-    targets = torch.zeros(len(index), dtype=torch.int64)
+def predict(cut: Cut, batches: list[Batch], head: Head, n_images: int) -> Int[Tensor, " image"]:
+    """The class with the highest score of each image, by its row; 0 of one that is in no batch."""
+    targets = torch.zeros(n_images, dtype=torch.int64)
     for x, rows, rest in batches:
-        embedding = spliced.cut.suffix(x.to(head.weights.device), rest).to(head.weights.dtype)
+        embedding = cut.suffix(x.to(head.weights.device), rest).to(head.weights.dtype)
         scores = torch.nn.functional.normalize(embedding, dim=-1) @ head.weights.T
         scores = scores if head.bias is None else scores + head.bias
         targets[rows.cpu()] = scores.argmax(dim=1).cpu()

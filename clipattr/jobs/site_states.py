@@ -9,26 +9,33 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from clipattr.callbacks.base import Batch
 from clipattr.clip import Clip, Cut
 from clipattr.clip.cut import Rest
 from clipattr.config.inputs import DataConfig
-from clipattr.data import BadSample, ImageBatch, image_loader, load_features
+from clipattr.data import BadSample, ImageBatch, Ranks, image_loader, load_features
 from clipattr.data.pixels import Pixels
 from clipattr.jobs.model import FrozenClip, SiteTokens, read_activations
 from clipattr.jobs.shards import Images, count_workers
-
-Batch = tuple[Tensor, Tensor, Rest]  # x, row of each image in the index, rest
 
 
 class CachedStates:
     """Rows of the activation cache: enough where one row per image decides the embedding."""
 
     def __init__(
-        self, clip: Clip, cut: Cut, images: Images, data: DataConfig, *, n_mean: int, progress: bool
+        self,
+        clip: Clip,
+        cut: Cut,
+        images: Images,
+        data: DataConfig,
+        *,
+        n_mean: int,
+        ranks: Ranks = Ranks(),  # noqa: B008  immutable
+        progress: bool,
     ) -> None:
-        """`n_mean` images, spread over the set, are those of `mean`."""
+        """`n_mean` images, spread over the set, are those of `mean`; `ranks` write together."""
         frozen = FrozenClip(clip, SiteTokens(cut, 1, None))
-        store = read_activations(frozen, images.usable, data, progress=progress)
+        store = read_activations(frozen, images.usable, data, ranks=ranks, progress=progress)
         self.bad = images.add_bad(store.bad, data.max_bad_fraction)
         x, rows = load_features(store)
         chosen = spread(len(x), min(n_mean, len(x)))
@@ -117,3 +124,17 @@ class FreshStates:
 def spread(n: int, chosen: int) -> np.ndarray:
     """`chosen` of the numbers below n, evenly spaced: shards may be sorted by class."""
     return np.arange(chosen) * n // chosen
+
+
+class OwnRows:
+    """The part of each batch that one of several processes takes: each image once over all."""
+
+    def __init__(self, batches: Iterable[Batch], rank: int, world_size: int) -> None:
+        self._batches = batches
+        self._rank, self._world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        for x, rows, rest in self._batches:
+            chosen = torch.arange(self._rank, len(rows), self._world_size, device=rows.device)
+            if len(chosen):
+                yield x[chosen], rows[chosen], rest.rows(chosen)

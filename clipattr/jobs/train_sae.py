@@ -14,10 +14,12 @@ from clipattr.atomic import write_bytes, write_text
 from clipattr.config.schema import TrainSae
 from clipattr.data import ActivationStore, BadSample, EvaluationStream, Ranks
 from clipattr.data.store import hash_json
+from clipattr.jobs.class_head import load_classes
 from clipattr.jobs.model import FrozenClip, load_frozen, read_activations
 from clipattr.jobs.sae_members import build_member
 from clipattr.jobs.shards import find_images
 from clipattr.jobs.start import Plan, describe_model, describe_shards
+from clipattr.jobs.training_faithfulness import watch_faithfulness
 from clipattr.metrics.exact_once import ExactOnce
 from clipattr.metrics.reconstruction import Reconstruction, ReconstructionResult
 from clipattr.report.pareto import SaePoint, pareto_png, pareto_table
@@ -43,6 +45,8 @@ def train_sae(config: TrainSae, command: list[str]) -> None:
         "shards": describe_shards(config.data.shards, "data.shards"),
         "held_out": describe_shards(config.held_out, "held_out"),
     }
+    if config.faithfulness is not None:
+        inputs["prompts"] = load_classes(config.faithfulness).fingerprint
     plan = Plan(config, command, inputs, _outputs(config))
     if plan.is_finished():
         return
@@ -61,7 +65,7 @@ def train_sae(config: TrainSae, command: list[str]) -> None:
     trainer = build_trainer(
         config.trainer,
         run.path,
-        callbacks=[throughput],
+        callbacks=[throughput, *watch_faithfulness(config, frozen)],
         shard_latents=config.trainer.shard_latents,
     )
     fit(trainer, module, data, run.path)

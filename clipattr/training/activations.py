@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from math import gcd, lcm
 
+import lightning as L
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
@@ -20,6 +21,16 @@ NAMED = 8
 def widen(*columns: Tensor) -> Batch:
     """Numbers of half precision in float32."""
     return tuple(column.float() if column.is_floating_point() else column for column in columns)
+
+
+def ranks_of(trainer: L.Trainer) -> Ranks:
+    """The processes of a trainer, which write a store together."""
+    return Ranks(
+        trainer.global_rank,
+        trainer.world_size,
+        trainer.strategy.barrier,
+        local_world_size=trainer.num_devices,
+    )
 
 
 class ActivationDataModule(StreamDataModule):
@@ -57,14 +68,7 @@ class ActivationDataModule(StreamDataModule):
     def setup(self, stage: str) -> None:
         """Open the store, on every process."""
         if self.store is None:
-            trainer = self.running_trainer
-            ranks = Ranks(
-                trainer.global_rank,
-                trainer.world_size,
-                trainer.strategy.barrier,
-                local_world_size=trainer.num_devices,
-            )
-            self.store = self.open_store(ranks)
+            self.store = self.open_store(ranks_of(self.running_trainer))
 
     def first_rows(self, n_rows: int) -> tuple[Shaped[Tensor, "row ..."], ...]:
         """Some rows to initialise from, field by field: the first of the store, which are mixed."""

@@ -1,6 +1,6 @@
 """An SAE on activations of one's own, in one line of Python and without a config or a trainer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import chain, islice
 from typing import Any
@@ -72,6 +72,8 @@ def fit_sae(
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: bool = False,
+    watch: Callable[[int, Sae], object] | None = None,
+    watch_every: int = 500,
     **settings: Any,
 ) -> Sae:
     """Train an SAE on rows of activations, and return it in eval mode.
@@ -93,11 +95,16 @@ def fit_sae(
         seed: of the directions and of the order of a tensor.
         device: where it is trained.
         progress: show a bar.
+        watch: called with the number of steps done and a copy of the SAE as it would be returned
+            if training ended there; it changes nothing.
+        watch_every: steps between two calls.
         **settings: fields of `Training` (lr, warmup, ...), and what the architecture takes
             (k, n_latents, ...).
     """
     training = Training(**{name: settings.pop(name) for name in _OF_TRAINING & settings.keys()})
     kind = sae if isinstance(sae, type) else type(sae)
+    if watch_every < 1:
+        raise ConfigError(f"fit_sae: watch_every={watch_every}: must be greater than 0")
     source = OwnRows(rows, targets, is_pair=issubclass(kind, Transcoder))
     steps = source.count_steps(steps, epochs, batch_size)
     batches = source.batches(batch_size, seed)
@@ -109,12 +116,14 @@ def fit_sae(
     member.initialise_from(*(column.to(device) for column in start))
     due = islice(chain(first, batches), steps)
     bar = tqdm(due, total=steps, unit="step", disable=not progress)
-    _train(member, iter(bar), steps)
+    for done in _train(member, iter(bar), steps):
+        if watch is not None and done % watch_every == 0:
+            watch(done, member.snapshot())
     return member.finish()
 
 
-def _train(member: SaeMember, batches: Iterator[Columns], steps: int) -> None:
-    """What `SaeModule` does with one member, on one device."""
+def _train(member: SaeMember, batches: Iterator[Columns], steps: int) -> Iterator[int]:
+    """What `SaeModule` does with one member, on one device; gives the number of steps done."""
     optimizer = torch.optim.Adam(member.sae.parameters(), lr=member.lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warmup_hold_decay(member.warmup, steps))
     for step, columns in enumerate(batches):
@@ -134,6 +143,7 @@ def _train(member: SaeMember, batches: Iterator[Columns], steps: int) -> None:
         schedule.step()
         optimizer.zero_grad()
         member.after_step()
+        yield step + 1
 
 
 def _build(sae: Sae | type[Sae], widths: list[int], seed: int, settings: dict[str, Any]) -> Sae:

@@ -1,5 +1,6 @@
 """One of the SAEs that a run trains: the dictionary, its history, and how it is trained."""
 
+import copy
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -191,6 +192,10 @@ class SaeMember(nn.Module):
             assert isinstance(sae, TopKSae), "it has a k"
             sae.k = self.k_end
         return sae.eval()
+
+    def snapshot(self) -> Sae:
+        """A frozen copy of what `finish` would give now; training can go on."""
+        return copy.deepcopy(self).finish().requires_grad_(False)
 
 
 def _check(*, lr: float, k_aux: int, ema: float | None) -> None:

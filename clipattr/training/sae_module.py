@@ -1,7 +1,7 @@
 """Train one SAE, or a grid of them side by side, on rows of activations."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -10,7 +10,8 @@ from jaxtyping import Float
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, distributed, nn
 
-from clipattr.errors import DataError
+from clipattr.errors import ConfigError, DataError
+from clipattr.sae.sae import Sae
 from clipattr.training.activations import ActivationDataModule
 from clipattr.training.optim import warmup_hold_decay, with_schedule
 from clipattr.training.sae_member import SaeMember, SaeStep, zero_of
@@ -161,6 +162,16 @@ class SaeModule(L.LightningModule):
         self.failures = dict(checkpoint["failures"])
         if is_sharded(self.trainer):
             slice_checkpoint(checkpoint, self.trainer.global_rank, self.trainer.world_size)
+
+    def snapshots(self) -> Iterator[tuple[str, Sae]]:
+        """By name, a copy of each that is running as it would be saved if training ended here."""
+        if is_sharded(self.trainer):
+            raise ConfigError(
+                "an SAE whose latents are divided among processes cannot be copied while it "
+                "trains: none of them has it as a whole"
+            )
+        for name, member in self.running.items():
+            yield name, member.snapshot()
 
     def gather(self) -> None:
         """After training: the first process has every SAE as a whole, if latents were divided."""
