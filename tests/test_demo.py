@@ -99,6 +99,11 @@ def test_metrics_keep_the_contract(demo):
             assert row[number].keys() == INTERVAL
         if method != "logit_lens":
             assert row["minus_logit_lens"]["deletion_auc"].keys() == INTERVAL
+        assert row["global"]["deletion_auc"].keys() == INTERVAL
+    assert metrics["control"]["faithfulness"].keys() == METHODS
+    assert metrics["corrections"]["size"].keys() == {"along_embedding", "along_state"}
+    assert metrics["against_exact"]["act_times_logit_lens"]["pearson"].keys() == INTERVAL
+    assert sum(row["exact"]["images"] for row in metrics["by_class"].values()) == 20
     assert metrics["sae"].keys() >= {"fvu", "l0", "dead_fraction"}
     assert metrics["probe"].keys() >= {"accuracy", "worst_group_accuracy"}
     assert metrics["shortcut"].keys() == {"tag", "seal"}
@@ -110,6 +115,8 @@ def test_metrics_keep_the_contract(demo):
         assert row.keys() >= {"rank_attribution", "rank_logit_lens", "auroc"}
         assert 1 <= row["rank_attribution"] <= 48
         assert 1 <= row["rank_logit_lens"] <= 48
+        assert row["mean_attribution"].keys() == INTERVAL
+        assert 0 < row["share_of_images"] <= 1
 
 
 def test_numbers_that_must_hold_for_any_model(demo):
@@ -120,6 +127,14 @@ def test_numbers_that_must_hold_for_any_model(demo):
     assert metrics["faithfulness"]["attribution_patching"]["spearman_exact"]["mean"] > 0.9
     # The SAE's final metrics come from other rows (val) than the evaluation's (test).
     assert demo.read("sae", "metrics.json")["sae"]["n_rows"] == 60
+    # The same agreement, once by the callback and once beside the parts of the attribution.
+    agreement = metrics["corrections"]["agreement"]
+    for method in ("attribution_patching", "logit_lens", "act_times_logit_lens"):
+        twice = metrics["faithfulness"][method]["spearman_exact"]["mean"]
+        assert agreement[method]["mean"] == pytest.approx(twice, abs=1e-3)
+    # A whole model explains an image; the untrained dictionary is another one.
+    trained = metrics["faithfulness"]["exact"]["deletion_auc"]
+    assert metrics["control"]["faithfulness"]["exact"]["deletion_auc"] != trained
 
 
 def test_run_folders_record_what_was_run(demo):
@@ -141,6 +156,19 @@ def test_page_shows_the_numbers(demo):
     assert f"{metrics['sae']['fvu']:.3f}" in page
     for failure in metrics["scorecard"]:
         assert failure in page
+    for size in metrics["corrections"]["size"].values():
+        assert f"{100 * size['mean']:.1f}\N{NO-BREAK SPACE}%" in page
+    assert f"{metrics['against_exact']['n_pairs']:,} pairs" in page
+    assert "untrained" in page
+
+
+def test_without_a_control_the_page_says_so(demo):
+    options = ("evaluation.control=false", "evaluation.methods=[logit_lens]", "name=demo/plain")
+    assert demo.run("evaluate", *options) == 0
+    assert "control" not in demo.read("plain", "metrics.json")
+    page = (demo.runs / "demo" / "plain" / "report" / "index.html").read_text()
+    assert "No untrained dictionary was measured in this run." in page
+    assert "Attribution patching and logit lens were not compared in this run." in page
 
 
 def test_second_run_is_skipped(demo, caplog, monkeypatch):

@@ -23,13 +23,14 @@ def interval(mean: float) -> Interval:
 
 
 def method(name: str, start: float) -> MethodResult:
-    steps = [interval(start + 0.1 * step) for step in range(4)]
-    minus = None if name == "logit_lens" else interval(start - 0.3)
-    return MethodResult(name, name, [], [], *steps, minus_logit_lens=minus)
+    steps = [interval(start + 0.1 * step) for step in range(6)]
+    return MethodResult(name, name, [], [], [], [], *steps, minus_logit_lens={})
 
 
 def test_verdict_follows_the_ranks():
-    row = ScorecardRow("a", "b", "c", "d", "e", 41, 0.9, 2, 17, 256, True, [])
+    row = ScorecardRow(
+        *("a", "b", "c", "d", "e", 41, 0.9, 2, 17, 256, True), interval(0.2), 0.3, 0.9, []
+    )
     assert readings.verdict(row).startswith("Attribution patching ranks")
     assert readings.verdict(row).endswith("2 against 17.")
     other = dataclasses.replace(row, rank_attribution=30)
@@ -38,6 +39,11 @@ def test_verdict_follows_the_ranks():
     assert readings.verdict(equal) == "Both methods put the responsible latent at rank 17."
     missing = dataclasses.replace(row, learned=False)
     assert "did not learn" in readings.verdict(missing)
+    assert "raises" in readings.use_reading(row)
+    lowered = dataclasses.replace(row, mean_attribution=interval(-0.2))
+    assert readings.use_reading(lowered).endswith("the latent lowers the prompt's score.")
+    unclear = dataclasses.replace(row, mean_attribution=interval(0.005))
+    assert "neither clearly raises nor lowers" in readings.use_reading(unclear)
     tally = readings.tally([row, other, other, equal, missing])
     assert tally.startswith("The model learned 4 of 5 planted effects.")
     assert "better in 1, logit lens in 2, and both equally in 1." in tally
@@ -53,7 +59,7 @@ def test_best_methods_leave_the_reference_out_and_share_ties():
     best = readings.best_methods([exact, good, tied, poor])
     assert best["deletion_auc"] == {"attribution_patching", "integrated_gradients"}
     assert best["insertion_auc"] == best["spearman_exact"] == {"logit_lens"}
-    assert best["minus_logit_lens"] == {"attribution_patching", "integrated_gradients"}
+    assert best["global_deletion"] == {"attribution_patching", "integrated_gradients"}
 
 
 def test_worst_group_is_found_per_head():

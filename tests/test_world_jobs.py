@@ -6,9 +6,16 @@ from sklearn.metrics import roc_auc_score
 from torch.nn.functional import normalize
 
 from clipattr.clip import embed_prompts, load_clip
+from clipattr.codes import SparseCodes
 from clipattr.errors import DataError
 from clipattr.jobs.world_data import SplitRows
-from clipattr.jobs.world_scorecard import LEARNED_AUROC, grade, latents_of, rank_of
+from clipattr.jobs.world_scorecard import (
+    LEARNED_AUROC,
+    grade,
+    latents_of,
+    rank_of,
+    use_of_latent,
+)
 from clipattr.jobs.world_shortcuts import measure_cue, measure_groups, pair_scores
 from clipattr.jobs.world_text import summarise
 from clipattr.jobs.world_zeroshot import zeroshot_accuracy
@@ -42,6 +49,10 @@ def graded(**changes):
         "shows_class": shows_class,
         "mean_attribution": torch.tensor([0.1, 0.5, 0.2, -0.1, 0.4, 0.0]),
         "logit_lens": torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4]),
+        "codes": SparseCodes(torch.tensor([[4, 1]]).repeat(n_images, 1), activations[:, [4, 1]], 6),
+        "attributions": torch.randn(n_images, 2, generator=generator),
+        "resamples": 20,
+        "seed": SEED,
     } | changes
     return options, grade(planted_failures()[0], **options)
 
@@ -60,6 +71,25 @@ def test_scorecard_entry_against_sklearn():
     assert entry.score_auroc == pytest.approx(expected)
     assert entry.learned == (expected >= LEARNED_AUROC)
     assert entry.learned
+
+
+def test_use_of_a_latent_against_a_plain_loop():
+    options, entry = graded()
+    codes, attributions = options["codes"], options["attributions"]
+    values = codes.values.clone()
+    values[:50] = 0  # padding there, whatever the indices say
+    codes = codes._replace(values=values)
+    use = use_of_latent(4, codes, attributions, resamples=500, seed=SEED)
+    found = [float(attributions[image, 0]) for image in range(50, 200)]
+    assert use.mean_attribution.mean == pytest.approx(sum(found) / 200)
+    assert use.mean_attribution.low < sum(found) / 200 < use.mean_attribution.high
+    assert use.share_of_images == pytest.approx(150 / 200)
+    assert use.share_positive == pytest.approx(sum(value > 0 for value in found) / 150)
+    silent = use_of_latent(0, codes, attributions, resamples=20, seed=SEED)
+    assert silent[:2] == ((0, 0, 0), 0)
+    assert silent.share_positive != silent.share_positive
+    whole = use_of_latent(entry.latent, options["codes"], attributions, resamples=20, seed=SEED)
+    assert entry.use == whole
 
 
 def test_effect_that_the_model_does_not_show_is_not_learned():

@@ -24,6 +24,8 @@ class FaithfulnessConfig:
     """n of the top-n overlap with exact patching"""
     resamples: int = 1000
     """bootstrap resamples of every interval"""
+    control: bool = True
+    """the same table for an untrained dictionary of the same size and as many active latents"""
 
     def check(self) -> None:
         """Raise ConfigError when a value cannot work."""
@@ -64,14 +66,18 @@ class ClassesConfig:
 
     def check(self) -> None:
         """Raise ConfigError when a value cannot work."""
+        self.check_classes("zeroshot")
+
+    def check_classes(self, section: str) -> None:
+        """Raise ConfigError when there are no classes; `section` is the name of this one."""
         if not self.classes:
             raise ConfigError(
-                "zeroshot.classes=[]: name at least two classes, or one text file with a name a "
+                f"{section}.classes=[]: name at least two classes, or one text file with a name a "
                 "line, or [imagenet]"
             )
         repeated = [name for name, times in Counter(self.classes).items() if times > 1]
         if repeated:
-            raise ConfigError(f"zeroshot.classes: {', '.join(repeated)} stands there twice")
+            raise ConfigError(f"{section}.classes: {', '.join(repeated)} stands there twice")
 
 
 @dataclass

@@ -3,20 +3,17 @@
 from pathlib import Path
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+import torch
 
-from clipattr.attribution.baselines import logit_lens_table
-from clipattr.callbacks import (
-    ExamplesCallback,
-    FaithfulnessCallback,
-    ReconstructionCallback,
-    RelianceCallback,
-)
+from clipattr.attribution import LastLayerHead, closed_form_attribution, logit_lens_table
+from clipattr.callbacks import ExamplesCallback, ReconstructionCallback, RelianceCallback
 from clipattr.clip import embed_prompts
 from clipattr.config.schema import EvaluateWorld
 from clipattr.jobs.start import Plan, describe_files, describe_model, describe_shards
+from clipattr.jobs.untrained import build_untrained
+from clipattr.jobs.world_attribution import compare_with_exact, measure_corrections, read_estimates
 from clipattr.jobs.world_data import WorldData, load_world, split_folder
+from clipattr.jobs.world_faithfulness import measure_faithfulness, run_test
 from clipattr.jobs.world_metrics import collect_metrics
 from clipattr.jobs.world_page import print_scorecard, write_page
 from clipattr.jobs.world_results import Inside, Shortcuts
@@ -29,8 +26,6 @@ from clipattr.jobs.world_shortcuts import (
     pair_scores,
 )
 from clipattr.jobs.world_zeroshot import zeroshot_accuracy
-from clipattr.training.spliced_module import SplicedModule, rows_loader
-from clipattr.training.trainer import build_tester
 from clipattr.world.factors import Sticker
 from clipattr.world.prompts import ZEROSHOT, planted_failures
 from clipattr.world.sampling import Split
@@ -66,53 +61,54 @@ def _describe_inputs(config: EvaluateWorld) -> dict[str, object]:
     }
 
 
-def _test(
-    config: EvaluateWorld, data: WorldData, x: Tensor, folder: Path, callbacks: list[Callback]
-) -> None:
-    trainer = build_tester(config.trainer, folder, callbacks=callbacks)
-    loader = rows_loader(x, batch_size=config.data.batch_size)
-    trainer.test(SplicedModule(data.spliced), loader, verbose=False)
-
-
 def look_inside(config: EvaluateWorld, data: WorldData, folder: Path) -> Inside:
-    """One pass over the test rows with every callback of the first two questions."""
-    settings = config.evaluation
+    """Everything about the first two questions, the untrained dictionary beside the trained one."""
+    settings, spliced = config.evaluation, data.spliced
+    draw = {"resamples": settings.resamples, "seed": config.seed}
     nouns = embed_prompts(data.frozen.clip, list(ZEROSHOT["shape"].prompts))
-    predicted = (data.embeddings(data.test.x) @ nouns.T).argmax(dim=1)
+    x = data.test.x[: settings.images]
+    predicted = (data.embeddings(x) @ nouns.T).argmax(dim=1)
     prompts = list(dict.fromkeys(failure.prompt for failure in planted_failures()))
-    reconstruction = ReconstructionCallback(data.spliced)
-    examples = ExamplesCallback(
-        n_latents=data.spliced.sae.n_latents, n_examples=settings.top_examples
+    reconstruction = ReconstructionCallback(spliced)
+    examples = ExamplesCallback(n_latents=spliced.sae.n_latents, n_examples=settings.top_examples)
+    reliance = RelianceCallback(spliced, embed_prompts(data.frozen.clip, prompts))
+    run_test(config, spliced, data.test.x, folder, [reconstruction, examples, reliance])
+    control = None
+    if settings.control:
+        n_active = max(1, round(reconstruction.sae["l0"]))
+        untrained = build_untrained(spliced, x, k=n_active, seed=config.seed)
+        control = measure_faithfulness(config, untrained, x, folder, nouns, predicted)
+    estimates = read_estimates(spliced, x.to(nouns.device), nouns, predicted)
+    return Inside(
+        reconstruction=reconstruction,
+        examples=examples,
+        faithfulness=measure_faithfulness(config, spliced, x, folder, nouns, predicted),
+        control=control,
+        corrections=measure_corrections(estimates, **draw),
+        against_exact=compare_with_exact(estimates, **draw),
+        scorecard=_scorecard(config, data, prompts, reliance),
     )
-    faithfulness = FaithfulnessCallback(
-        data.spliced,
-        nouns,
-        predicted[: settings.images],
-        methods=settings.methods,
-        n_steps=settings.steps,
-        ig_steps=settings.ig_steps,
-        overlap_top=settings.overlap_top,
-        resamples=settings.resamples,
-        seed=config.seed,
-    )
-    reliance = RelianceCallback(data.spliced, embed_prompts(data.frozen.clip, prompts))
-    _test(config, data, data.test.x, folder, [reconstruction, examples, faithfulness, reliance])
-    return Inside(reconstruction, examples, faithfulness, _scorecard(data, prompts, reliance))
 
 
 def _scorecard(
-    data: WorldData, prompts: list[str], reliance: RelianceCallback
+    config: EvaluateWorld, data: WorldData, prompts: list[str], reliance: RelianceCallback
 ) -> list[ScorecardEntry]:
     assert reliance.mean_attribution is not None
     spliced = data.spliced
+    directions = spliced.sae.directions.detach()
     texts = embed_prompts(data.frozen.clip, prompts)
-    lens = logit_lens_table(spliced.cut.suffix, spliced.sae.W_dec, texts)
+    lens = logit_lens_table(spliced.cut.suffix, directions, texts)
+    head = LastLayerHead(*spliced.cut.last_layer(), texts)
     scores = data.embeddings(data.test.x) @ texts.T
+    x = data.test.x.to(texts.device)
+    with torch.no_grad():
+        codes = spliced.sae.encode(x)
     # Dense on purpose: AUROC ranks every latent over all images, and this dictionary is small.
-    activations = spliced.sae.encode(data.test.x.to(texts.device)).to_dense()
+    activations = codes.to_dense()
     entries: list[ScorecardEntry] = []
     for failure in planted_failures():
         number = prompts.index(failure.prompt)
+        targets = torch.full((len(x),), number, device=x.device)
         entries.append(
             grade(
                 failure,
@@ -122,6 +118,10 @@ def _scorecard(
                 shows_class=data.test.where(failure.shows_class).to(texts.device),
                 mean_attribution=reliance.mean_attribution[number],
                 logit_lens=lens[number],
+                codes=codes,
+                attributions=closed_form_attribution(head, x, codes, directions, targets),
+                resamples=config.evaluation.resamples,
+                seed=config.seed,
             )
         )
     return entries
@@ -134,8 +134,8 @@ def measure_shortcuts(config: EvaluateWorld, data: WorldData, folder: Path) -> S
     cue_latents = find_cue_latents(codes.to_dense().cpu(), data.task_test)
     on_task = build_heads(data, cue_latents)
     on_pairs = build_heads(data, cue_latents)
-    _test(config, data, data.task_test.x, folder, [on_task])
-    _test(config, data, data.pairs.x, folder, [on_pairs])
+    run_test(config, data.spliced, data.task_test.x, folder, [on_task])
+    run_test(config, data.spliced, data.pairs.x, folder, [on_pairs])
     task_scores, pair_rows = on_task.result, on_pairs.result
     pairs = pair_scores(pair_rows, task_scores, data.pairs)
     cues = [

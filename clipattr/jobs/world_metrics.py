@@ -1,7 +1,11 @@
 """The world evaluation's part of metrics.json: names that other tools read."""
 
+from clipattr.jobs.attribution_metrics import collect_faithfulness
+from clipattr.jobs.world_attribution import AgainstExact, Corrections
 from clipattr.jobs.world_results import Inside, Shortcuts
+from clipattr.jobs.world_scorecard import ScorecardEntry
 from clipattr.metrics.intervals import Interval
+from clipattr.world.factors import NOUNS
 
 
 def collect_metrics(
@@ -9,43 +13,64 @@ def collect_metrics(
 ) -> dict[str, object]:
     """All numbers, nested as they are named."""
     return {
-        "faithfulness": faithfulness_metrics(inside),
-        "completeness_gap": inside.faithfulness.completeness_gap,
+        **collect_faithfulness(*inside.faithfulness, NOUNS),
+        "completeness_gap": inside.faithfulness.local.completeness_gap,
+        **_control_metrics(inside),
+        "corrections": correction_metrics(inside.corrections),
+        "against_exact": exact_metrics(inside.against_exact),
         "sae": inside.reconstruction.sae,
         "splice": inside.reconstruction.splice,
         "zeroshot": {name: {"accuracy": value} for name, value in zeroshot.items()},
-        "scorecard": {
-            entry.failure.name: {
-                "rank_attribution": entry.rank_attribution,
-                "rank_logit_lens": entry.rank_logit_lens,
-                "auroc": entry.auroc,
-                "latent": entry.latent,
-                "score_auroc": entry.score_auroc,
-                "learned": entry.learned,
-            }
-            for entry in inside.scorecard
-        },
+        "scorecard": {entry.failure.name: scorecard_metrics(entry) for entry in inside.scorecard},
         "shortcut": shortcut_metrics(shortcuts),
         "probe": _accuracies(shortcuts, "probe"),
         "text": _accuracies(shortcuts, "text"),
     }
 
 
-def faithfulness_metrics(inside: Inside) -> dict[str, object]:
-    """`faithfulness.<method>.<number>.{mean,low,high}`."""
-    table: dict[str, object] = {}
-    for method, result in inside.faithfulness.results.items():
-        numbers: dict[str, object] = {
-            "deletion_auc": _interval(result.deletion_auc),
-            "insertion_auc": _interval(result.insertion_auc),
-            "spearman_exact": _interval(result.spearman_exact),
-            "overlap_exact": _interval(result.overlap_exact),
-            "n_undefined": result.n_undefined,
-        }
-        if result.minus_logit_lens is not None:
-            numbers["minus_logit_lens"] = {"deletion_auc": _interval(result.minus_logit_lens)}
-        table[method.name] = numbers
-    return table
+def _control_metrics(inside: Inside) -> dict[str, object]:
+    """The same table of the untrained dictionary, if it was measured."""
+    if inside.control is None:
+        return {}
+    found = collect_faithfulness(*inside.control, NOUNS)
+    return {"control": {name: found[name] for name in ("faithfulness", "logit_lens_unrestricted")}}
+
+
+def correction_metrics(corrections: Corrections) -> dict[str, object]:
+    """`corrections.{size,agreement}.<part or step>.{mean,low,high}` and what they are worth."""
+    return {
+        "size": {name: _interval(found) for name, found in corrections.size.items()},
+        "agreement": {name: _interval(found) for name, found in corrections.agreement.items()},
+        "gain": _interval(corrections.gain),
+        "lens_part_pearson": _interval(corrections.lens_part_pearson),
+    }
+
+
+def exact_metrics(found: AgainstExact) -> dict[str, object]:
+    """`against_exact.<method>.pearson.{mean,low,high}`, over how many pairs."""
+    return {
+        "n_images": found.n_images,
+        "n_pairs": found.n_pairs,
+        "n_drawn": len(found.drawn),
+        **{name: {"pearson": _interval(pearson)} for name, pearson in found.pearson.items()},
+        "difference": _interval(found.difference),
+        "lens_scale": found.lens_scale,
+    }
+
+
+def scorecard_metrics(entry: ScorecardEntry) -> dict[str, object]:
+    """`scorecard.<failure>.<number>`."""
+    return {
+        "rank_attribution": entry.rank_attribution,
+        "rank_logit_lens": entry.rank_logit_lens,
+        "auroc": entry.auroc,
+        "latent": entry.latent,
+        "score_auroc": entry.score_auroc,
+        "learned": entry.learned,
+        "mean_attribution": _interval(entry.use.mean_attribution),
+        "share_of_images": entry.use.share_of_images,
+        "share_positive": entry.use.share_positive,
+    }
 
 
 def shortcut_metrics(shortcuts: Shortcuts) -> dict[str, object]:

@@ -17,10 +17,15 @@ from clipattr.config.schema import EvaluateWorld
 from clipattr.data.images import decode_image
 from clipattr.data.shards import Sample
 from clipattr.jobs.world_data import WorldData
+from clipattr.jobs.world_how import describe_how
 from clipattr.jobs.world_results import Inside, Shortcuts
+from clipattr.jobs.world_tables import (
+    class_rows,
+    correction_result,
+    exact_result,
+    method_results,
+)
 from clipattr.jobs.world_text import (
-    METHOD_LABELS,
-    describe_how,
     describe_ratio,
     list_facts,
     summarise,
@@ -30,7 +35,6 @@ from clipattr.report import (
     Explained,
     GroupRow,
     LatentCard,
-    MethodResult,
     PairPicture,
     ReportContent,
     ScorecardRow,
@@ -103,12 +107,17 @@ def write_page(
         title="What drives this CLIP, and is it a shortcut?",
         subtitle=f"The planted world, {len(data.test.samples)} test images, run {config.name}",
         scorecard=_scorecard_rows(inside, atlas),
-        methods=_method_results(inside),
+        methods=method_results(inside.faithfulness),
+        unrestricted_lens=inside.faithfulness.local.logit_lens_unrestricted,
+        control=method_results(inside.control) if inside.control is not None else [],
+        classes=class_rows(inside.faithfulness),
+        corrections=correction_result(inside.corrections),
+        against_exact=exact_result(inside.against_exact),
         explained=explain_examples(data, atlas, config.evaluation.gallery),
         cues=_cue_results(data, shortcuts),
         groups=_group_rows(shortcuts),
         facts=list_facts(metrics),
-        how=describe_how(config.evaluation, inside.faithfulness),
+        how=describe_how(config.evaluation, inside),
         manifest=_describe_manifest(manifest),
         summary=summarise(metrics),
     )
@@ -129,26 +138,12 @@ def _scorecard_rows(inside: Inside, atlas: LatentAtlas) -> list[ScorecardRow]:
             rank_logit_lens=entry.rank_logit_lens,
             n_latents=len(atlas.examples),
             learned=entry.learned,
+            mean_attribution=entry.use.mean_attribution,
+            share_of_images=entry.use.share_of_images,
+            share_positive=entry.use.share_positive,
             examples=atlas.pictures(entry.latent),
         )
         for entry in inside.scorecard
-    ]
-
-
-def _method_results(inside: Inside) -> list[MethodResult]:
-    return [
-        MethodResult(
-            name=method.name,
-            label=METHOD_LABELS[method],
-            deletion_curve=result.deletion_curve,
-            insertion_curve=result.insertion_curve,
-            deletion_auc=result.deletion_auc,
-            insertion_auc=result.insertion_auc,
-            spearman_exact=result.spearman_exact,
-            overlap_exact=result.overlap_exact,
-            minus_logit_lens=result.minus_logit_lens,
-        )
-        for method, result in inside.faithfulness.results.items()
     ]
 
 

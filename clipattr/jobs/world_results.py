@@ -2,9 +2,22 @@
 
 from typing import NamedTuple
 
-from clipattr.callbacks import ExamplesCallback, FaithfulnessCallback, ReconstructionCallback
+from clipattr.callbacks import (
+    ExamplesCallback,
+    FaithfulnessCallback,
+    GlobalDeletionCallback,
+    ReconstructionCallback,
+)
+from clipattr.jobs.world_attribution import AgainstExact, Corrections
 from clipattr.jobs.world_scorecard import ScorecardEntry
 from clipattr.jobs.world_shortcuts import CueEntry, GroupEntry, HeadQuality, PairScores
+
+
+class Faithfulness(NamedTuple):
+    """One dictionary: deletion by each image's own order, and by one order for each noun."""
+
+    local: FaithfulnessCallback
+    by_class_mean: GlobalDeletionCallback
 
 
 class Inside(NamedTuple):
@@ -12,7 +25,11 @@ class Inside(NamedTuple):
 
     reconstruction: ReconstructionCallback
     examples: ExamplesCallback
-    faithfulness: FaithfulnessCallback
+    faithfulness: Faithfulness
+    control: Faithfulness | None
+    """of an untrained dictionary"""
+    corrections: Corrections
+    against_exact: AgainstExact
     scorecard: list[ScorecardEntry]
 
 

@@ -2,12 +2,8 @@
 
 from typing import Any
 
-from clipattr.callbacks import FaithfulnessCallback
 from clipattr.config.choices import Method
-from clipattr.config.schema import EvaluationConfig
-from clipattr.jobs.world_scorecard import LEARNED_AUROC
-from clipattr.jobs.world_shortcuts import CUE_AUROC
-from clipattr.report import Fact, HowRow
+from clipattr.report import Fact
 
 METHOD_LABELS = {
     Method.attribution_patching: "attribution patching",
@@ -17,6 +13,14 @@ METHOD_LABELS = {
     Method.energy: "energy",
     Method.random: "random",
     Method.exact: "exact patching",
+}
+PART_LABELS = {"along_embedding": "along the embedding", "along_state": "along the state"}
+STEP_LABELS = {
+    "logit_lens": "logit lens",
+    "act_times_logit_lens": "x activation",
+    "lens_part": "lens part",
+    "without_along_embedding": "- along the embedding",
+    "attribution_patching": "- along the state\n= attribution patching",
 }
 
 
@@ -79,12 +83,10 @@ def list_facts(metrics: dict[str, Any]) -> list[Fact]:
         Fact(
             "splice error", f"{metrics['splice']['max_error']:.0e}", "without an edit; 0 in theory"
         ),
-        Fact(
-            "completeness gap",
-            f"{100 * metrics['completeness_gap']:.3f} %",
-            "of integrated gradients; 0 in theory",
-        ),
     ]
+    if metrics["completeness_gap"] is not None:
+        gap = f"{100 * metrics['completeness_gap']:.3f} %"
+        facts.append(Fact("completeness gap", gap, "of integrated gradients; 0 in theory"))
     facts += [
         Fact(f"zero-shot {name}", f"{row['accuracy']:.3f}", "accuracy, planted correlations broken")
         for name, row in zeroshot.items()
@@ -94,107 +96,3 @@ def list_facts(metrics: dict[str, Any]) -> list[Fact]:
     facts.append(Fact("probe, worst group", f"{probe['worst_group_accuracy']:.3f}", note))
     facts.append(Fact("text, worst group", f"{text['worst_group_accuracy']:.3f}", note))
     return facts
-
-
-def describe_how(settings: EvaluationConfig, measured: FaithfulnessCallback) -> list[HowRow]:
-    """How every number was made, with what was really used."""
-    intervals = f"95 % percentile bootstrap over images, {settings.resamples} resamples"
-    return [
-        *_how_scorecard(),
-        *_how_faithfulness(settings, measured, intervals),
-        *_how_shortcut(intervals),
-        HowRow(
-            "label of a latent",
-            "word whose prompt is nearest to the mean embedding of the latent's top "
-            f"{settings.top_examples} images, the empty prompt's cosine subtracted",
-            "clipattr.semantics.labels",
-        ),
-        HowRow(
-            "explained variance",
-            "1 - sum |x - x_hat|^2 / sum |x - mean|^2, both over the whole test set in float64",
-            "clipattr.metrics.reconstruction",
-        ),
-    ]
-
-
-def _how_scorecard() -> list[HowRow]:
-    return [
-        HowRow(
-            "rank of a latent",
-            "the number of latents whose value for the prompt is at least as high: the mean "
-            "attribution over all test images, or the cosine of the direction with the prompt",
-            "clipattr.attribution.closed_form.reliance_matrix",
-        ),
-        HowRow(
-            "AUROC of a latent",
-            "probability that an image with the planted factor activates the latent more than one "
-            "without; the latent with the highest value is the truth",
-            "clipattr.metrics.ranks.auroc",
-        ),
-        HowRow(
-            "learned",
-            "the prompt's score separates images with the factor from the others with an AUROC of "
-            f"at least {LEARNED_AUROC}, images of the prompt's own class left out",
-            "clipattr.jobs.world_scorecard.grade",
-        ),
-    ]
-
-
-def _how_faithfulness(
-    settings: EvaluationConfig, measured: FaithfulnessCallback, intervals: str
-) -> list[HowRow]:
-    return [
-        HowRow(
-            "deletion and insertion AUC",
-            f"mean height of the score of the predicted noun over {measured.n_steps} steps, active "
-            f"latents only, error term kept; sum of areas over sum of clean scores; {intervals}",
-            "clipattr.attribution.curves",
-        ),
-        HowRow(
-            "agreement with exact patching",
-            "Spearman over the active latents of each image, overlap of the top "
-            f"{settings.overlap_top}; {len(measured.targets)} images",
-            "clipattr.metrics.ranks",
-        ),
-        HowRow(
-            "attribution patching",
-            "a_j (v_j . g), g the gradient of the score at the clean activation",
-            "clipattr.attribution.gradients.attribution_patching",
-        ),
-        HowRow(
-            "integrated gradients",
-            f"{settings.ig_steps} points between the rest alone and the clean activation, by the "
-            "Gauss-Legendre rule",
-            "clipattr.attribution.gradients.integrated_gradients",
-        ),
-        HowRow(
-            "completeness gap",
-            "sum over images of |sum of attributions - (y(x) - y(rest))| over the sum of "
-            "|y(x) - y(rest)|, for integrated gradients",
-            "clipattr.attribution.curves.completeness_gap",
-        ),
-    ]
-
-
-def _how_shortcut(intervals: str) -> list[HowRow]:
-    return [
-        HowRow(
-            "effect of a sticker",
-            "score with the sticker minus score of the same scene without, in standard deviations "
-            f"of the head's score over the balanced task images; {intervals}",
-            "clipattr.shortcuts.amplification.pair_effects",
-        ),
-        HowRow(
-            "amplification",
-            "the probe's mean effect over the text head's mean effect, scenes paired; not defined "
-            f"where the interval of the text head's effect includes 0; {intervals}",
-            "clipattr.shortcuts.amplification.amplification_ratio",
-        ),
-        HowRow(
-            "share of the attribution",
-            "signed sum of the attributions of the sticker's latents over the sum of all absolute "
-            f"attributions; its latents separate it with an AUROC of at least {CUE_AUROC} (or are "
-            "the best one)",
-            "clipattr.shortcuts.amplification.attribution_share",
-        ),
-    ]

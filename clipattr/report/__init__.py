@@ -1,7 +1,10 @@
 """The static page of a run: plain dataclasses in, one self-contained HTML file out."""
 
 from clipattr.report.content import (
+    ClassRow,
+    CorrectionResult,
     CueResult,
+    ExactResult,
     Explained,
     Fact,
     GroupRow,
@@ -10,12 +13,16 @@ from clipattr.report.content import (
     MethodResult,
     PairPicture,
     ReportContent,
+    ScatterResult,
     ScorecardRow,
 )
 from clipattr.report.page import write_report
 
 __all__ = [
+    "ClassRow",
+    "CorrectionResult",
     "CueResult",
+    "ExactResult",
     "Explained",
     "Fact",
     "GroupRow",
@@ -24,6 +31,7 @@ __all__ = [
     "MethodResult",
     "PairPicture",
     "ReportContent",
+    "ScatterResult",
     "ScorecardRow",
     "write_report",
 ]

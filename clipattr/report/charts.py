@@ -1,82 +1,19 @@
-"""Charts of the page: matplotlib figures as inline SVG.
+"""Charts of the page's tables: curves, columns of the faithfulness table, cues, ranks."""
 
-Colours leave here as CSS variables (`var(--ink)` and so on), so one figure is readable on a light
-and on a dark page; their values stand in templates/style.css. No pyplot: no global figures.
-"""
-
-import io
 import math
-import re
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal
 
-import matplotlib
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from clipattr.metrics.intervals import Interval
-from clipattr.report.content import CueResult, MethodResult
-from clipattr.report.formatting import NOT_DEFINED
+from clipattr.report.content import CueResult, MethodResult, ScorecardRow
+from clipattr.report.drawing import STAND_IN, Point, forest, method_style, name_rows, svg
 
-
-class MethodStyle(NamedTuple):
-    """How a method is drawn: the CSS variable of its colour, its dash and its line width."""
-
-    role: str
-    dash: Literal["solid", "dashed", "dotted", "dashdot"]
-    width: float
-
-
-METHOD_STYLES = {
-    "attribution_patching": MethodStyle("attribution-patching", "solid", 3.2),
-    "logit_lens": MethodStyle("logit-lens", "solid", 3.2),
-    "exact": MethodStyle("ink", "dashed", 1.3),
-    "integrated_gradients": MethodStyle("integrated-gradients", "dotted", 1.6),
-    "act_times_logit_lens": MethodStyle("act-times-logit-lens", "dashdot", 1.3),
-    "energy": MethodStyle("energy", "dashed", 1.2),
-    "random": MethodStyle("random", "solid", 1.1),
-}
-_OTHER_METHOD = MethodStyle("muted", "dotted", 1.2)
-
-_ROLES = ["ink", "muted", "line", "text-head", "probe"]
-_ROLES += sorted({style.role for style in METHOD_STYLES.values()} - set(_ROLES))
-# Colours that nobody would draw with: each stands for a CSS variable until the SVG is written.
-_STAND_IN = {role: f"#0102{index + 1:02x}" for index, role in enumerate(_ROLES)}
-
-_SETTINGS: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "clipattr",
-    "font.family": "DejaVu Sans",
-    "font.size": 9.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _STAND_IN["line"],
-    "axes.labelcolor": _STAND_IN["muted"],
-    "axes.unicode_minus": True,
-    "text.parse_math": False,  # a label with dollar signs is text, not TeX
-    "xtick.color": _STAND_IN["line"],
-    "ytick.color": _STAND_IN["line"],
-    "xtick.labelcolor": _STAND_IN["muted"],
-    "ytick.labelcolor": _STAND_IN["muted"],
-    "grid.color": _STAND_IN["line"],
-    "grid.linewidth": 0.7,
-    "text.color": _STAND_IN["ink"],
-}
-
-
-class Point(NamedTuple):
-    """A mean with its interval, drawn in the colour of a role."""
-
-    interval: Interval
-    role: str
-    marker: str
-
-
-def method_style(name: str) -> MethodStyle:
-    """The style of a method; one that is not in the palette is drawn muted and dotted."""
-    return METHOD_STYLES.get(name, _OTHER_METHOD)
+# Of a normal distribution, within which 95 % lie.
+_Z = 1.96
 
 
 def curves_chart(
@@ -87,16 +24,18 @@ def curves_chart(
     def draw(axes: Axes) -> None:
         # Thick lines first, so that a thin one which coincides stays visible on top.
         for method in sorted(methods, key=lambda one: -method_style(one.name).width):
-            curve = method.deletion_curve if which == "deletion" else method.insertion_curve
+            curve: list[float] = getattr(method, f"{which}_curve")
+            errors: list[float] = getattr(method, f"{which}_error")
             style = method_style(method.name)
             axes.plot(
                 range(len(curve)),
                 [value if math.isfinite(value) else math.nan for value in curve],
-                color=_STAND_IN[style.role],
+                color=STAND_IN[style.role],
                 linestyle=style.dash,
                 linewidth=style.width,
                 solid_capstyle="round",
             )
+            _draw_band(axes, curve, errors, STAND_IN[style.role])
         axes.set_xlabel("latents deleted" if which == "deletion" else "latents inserted")
         axes.set_ylabel("mean score")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -105,19 +44,37 @@ def curves_chart(
         axes.margins(x=0.02)
 
     names = ", ".join(method.label for method in methods)
-    return _svg(draw, 2.9, f"{which}-curves", f"{which.title()} curves of: {names}")
+    return svg(draw, 2.9, f"{which}-curves", f"{which.title()} curves of: {names}")
 
 
-def method_chart(
-    methods: Sequence[MethodResult], column: str, axis_label: str, reference: float | None
-) -> Markup:
+def _draw_band(axes: Axes, curve: list[float], errors: list[float], color: str) -> None:
+    """Within it lies the mean with a probability of 95 %, for each step alone."""
+    bounds = [
+        (mean - _Z * error, mean + _Z * error) if math.isfinite(mean + error) else (math.nan,) * 2
+        for mean, error in zip(curve, errors, strict=True)
+    ]
+    low, high = zip(*bounds, strict=True)
+    axes.fill_between(range(len(curve)), low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def method_chart(methods: Sequence[MethodResult], column: str, axis_label: str) -> Markup:
     """One column of the faithfulness table with its intervals, one row per method."""
-    rows = []
-    for method in methods:
-        interval: Interval | None = getattr(method, column)
-        if interval is not None:
-            rows.append((method.label, [Point(interval, method_style(method.name).role, "o")]))
-    return _forest(rows, axis_label, reference, f"methods-{column.replace('_', '-')}")
+    rows = [(method.label, [_point(method, getattr(method, column))]) for method in methods]
+    return forest(rows, axis_label, None, f"methods-{column.replace('_', '-')}")
+
+
+def difference_chart(methods: Sequence[MethodResult], column: str, axis_label: str) -> Markup:
+    """The same minus that of logit lens, images paired."""
+    rows = [
+        (method.label, [_point(method, method.minus_logit_lens[column])])
+        for method in methods
+        if method.minus_logit_lens
+    ]
+    return forest(rows, axis_label, 0.0, f"difference-{column.replace('_', '-')}")
+
+
+def _point(method: MethodResult, interval: Interval) -> Point:
+    return Point(interval, method_style(method.name).role, "o")
 
 
 def cue_chart(cues: Sequence[CueResult]) -> Markup:
@@ -129,62 +86,32 @@ def cue_chart(cues: Sequence[CueResult]) -> Markup:
         )
         for cue in cues
     ]
-    return _forest(rows, "change of the score (standard deviations)", 0.0, "cue-effects")
+    return forest(rows, "change of the score (standard deviations)", 0.0, "cue-effects")
 
 
-def _forest(
-    rows: Sequence[tuple[str, Sequence[Point]]], axis_label: str, reference: float | None, name: str
-) -> Markup:
-    """Points with intervals, one row per label, from top to bottom."""
+def rank_chart(rows: Sequence[ScorecardRow]) -> Markup:
+    """Rank of each responsible latent by both methods, a line between them; the top is left."""
 
     def draw(axes: Axes) -> None:
-        if reference is not None:
-            axes.axvline(reference, color=_STAND_IN["muted"], linewidth=1.0)
-        for row, (_, points) in enumerate(rows):
-            for index, point in enumerate(points):
-                _draw_point(axes, point, row + 0.26 * (index - (len(points) - 1) / 2))
-        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.tick_params(axis="y", length=0, labelcolor=_STAND_IN["ink"])
-        axes.spines["left"].set_visible(False)
-        axes.set_xlabel(axis_label)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        for height, row in enumerate(rows):
+            ends = [row.rank_attribution, row.rank_logit_lens]
+            roles = ["attribution-patching", "logit-lens"] if row.learned else ["muted", "muted"]
+            axes.plot(ends, [height, height], color=STAND_IN["line"], linewidth=2.5, zorder=1)
+            for rank, role, marker in zip(ends, roles, ("o", "D"), strict=True):
+                # A little apart, so that equal ranks do not cover each other.
+                place = height + (0.12 if marker == "D" else -0.12)
+                alpha = 1.0 if row.learned else 0.55
+                axes.plot([rank], [place], marker, color=STAND_IN[role], alpha=alpha, zorder=2)
+        axes.set_xscale("log")
+        axes.set_xlim(0.8, 1.25 * max(row.n_latents for row in rows))
+        axes.xaxis.set_major_formatter(lambda rank, _: f"{rank:g}")
+        axes.set_xlabel("rank of the responsible latent (1 is the top)")
         axes.grid(axis="x")
-        axes.set_axisbelow(True)
+        name_rows(axes, [_title(row) for row in rows])
 
-    per_row = 0.34 if all(len(points) == 1 for _, points in rows) else 0.62
-    labels = ", ".join(label.replace("\n", " ") for label, _ in rows)
-    return _svg(draw, 0.7 + per_row * len(rows), name, f"{axis_label}, for: {labels}")
-
-
-def _draw_point(axes: Axes, point: Point, height: float) -> None:
-    """One mean and its interval; a mean that is not finite is said in words, not left out."""
-    color = _STAND_IN[point.role]
-    mean, low, high = point.interval
-    if not math.isfinite(mean):
-        middle = axes.get_yaxis_transform()
-        axes.text(0.02, height, NOT_DEFINED, color=color, va="center", transform=middle)
-        return
-    if math.isfinite(low) and math.isfinite(high):
-        axes.plot([low, high], [height, height], color=color, linewidth=2, alpha=0.75)
-    axes.plot([mean], [height], color=color, marker=point.marker, markersize=6)
+    names = ", ".join(row.title for row in rows)
+    return svg(draw, 0.7 + 0.4 * len(rows), "ranks", f"Ranks by both methods, of: {names}")
 
 
-def _svg(draw: Callable[[Axes], None], height: float, name: str, description: str) -> Markup:
-    """Draw on fresh axes and return an SVG element that scales with the page."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context(_SETTINGS):
-        figure = Figure(figsize=(4.4, height), layout="constrained")
-        draw(figure.add_subplot())
-        # Without these four the file carries a date and links to vocabularies on the web.
-        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
-    text = buffer.getvalue()
-    # Ids must be unique on the page, and matplotlib starts every figure with the same ones.
-    text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text[text.index("<svg") :])
-    for role, color in _STAND_IN.items():
-        text = text.replace(color, f"var(--{role})")
-    view_box = re.search(r'viewBox="[^"]*"', text)
-    assert view_box is not None, "matplotlib wrote an SVG without a viewBox"
-    head = f'<svg class="chart" role="img" aria-label="{escape(description)}" {view_box.group()}>'
-    return Markup(head + text[text.index(">") + 1 :])
+def _title(row: ScorecardRow) -> str:
+    return row.title.replace(": ", ":\n", 1) + ("" if row.learned else " *")

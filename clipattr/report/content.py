@@ -11,7 +11,9 @@ class ScorecardRow:
 
     Ranks are 1-based over all `n_latents`. `auroc` says how well the firing of `latent` separates
     `factor`. `learned` is False where the model does not show the planted effect: ranks then
-    compare nothing, and the page says so.
+    compare nothing, and the page says so. `mean_attribution` is that of the latent to the prompt
+    over all images, `share_of_images` says in how many of them it fires, `share_positive` in how
+    many of those it raises the prompt's score.
     """
 
     failure: str
@@ -25,6 +27,9 @@ class ScorecardRow:
     rank_logit_lens: int
     n_latents: int
     learned: bool
+    mean_attribution: Interval
+    share_of_images: float
+    share_positive: float
     examples: list[bytes]
 
 
@@ -32,20 +37,74 @@ class ScorecardRow:
 class MethodResult:
     """How faithful one attribution method is; `name` is its key in metrics.json.
 
-    The curves hold the mean score after 0, 1, 2, ... latents. `minus_logit_lens` is the paired
-    difference of the deletion AUC, negative where the method is better than logit lens; None for
-    logit lens itself.
+    The curves hold the mean score after 0, 1, 2, ... latents, the errors its standard error over
+    images. `global_deletion` is the deletion AUC where the same latents go from all images of a
+    class. `minus_logit_lens` holds the paired difference of each of these numbers, by its name; it
+    is empty for logit lens itself.
     """
 
     name: str
     label: str
     deletion_curve: list[float]
     insertion_curve: list[float]
+    deletion_error: list[float]
+    insertion_error: list[float]
     deletion_auc: Interval
     insertion_auc: Interval
     spearman_exact: Interval
+    pearson_exact: Interval
     overlap_exact: Interval
-    minus_logit_lens: Interval | None
+    global_deletion: Interval
+    minus_logit_lens: dict[str, Interval]
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """Attribution patching minus logit lens on the images of one class; means alone."""
+
+    name: str
+    n_images: int
+    spearman_exact: float
+    deletion_auc: float
+
+
+@dataclass(frozen=True)
+class CorrectionResult:
+    """What separates attribution patching from the logit lens.
+
+    `sizes` are mean absolute values over that of the lens part, `steps` the agreement with exact
+    patching as one part after the other is added, `gain` that of both corrections together.
+    """
+
+    sizes: dict[str, Interval]
+    steps: dict[str, Interval]
+    gain: Interval
+    lens_part_pearson: Interval
+
+
+@dataclass(frozen=True)
+class ScatterResult:
+    """Estimates beside the exact effect: some pairs (image, latent) and the correlation of all."""
+
+    name: str
+    label: str
+    exact: list[float]
+    estimate: list[float]
+    pearson: Interval
+
+
+@dataclass(frozen=True)
+class ExactResult:
+    """Two methods beside the exact effect, and the paired difference of their correlations.
+
+    `lens_scale` is what the second one is multiplied with: it has no unit.
+    """
+
+    scatters: list[ScatterResult]
+    difference: Interval
+    n_images: int
+    n_pairs: int
+    lens_scale: float
 
 
 @dataclass(frozen=True)
@@ -134,12 +193,19 @@ class HowRow:
 
 @dataclass(frozen=True)
 class ReportContent:
-    """Everything on the page. Any list may be empty: its section then says so."""
+    """Everything on the page. Any list may be empty, and None is a list: its place then says so."""
 
     title: str
     subtitle: str
     scorecard: list[ScorecardRow]
     methods: list[MethodResult]
+    unrestricted_lens: tuple[Interval, Interval] | None
+    """deletion and insertion AUC of the logit lens ranked over all latents"""
+    control: list[MethodResult]
+    """of an untrained dictionary"""
+    classes: list[ClassRow]
+    corrections: CorrectionResult | None
+    against_exact: ExactResult | None
     explained: list[Explained]
     cues: list[CueResult]
     groups: list[GroupRow]

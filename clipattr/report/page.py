@@ -5,7 +5,14 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from clipattr.atomic import write_text
-from clipattr.report import charts, formatting, readings
+from clipattr.report import (
+    attribution_charts,
+    charts,
+    claims,
+    drawing,
+    formatting,
+    readings,
+)
 from clipattr.report.content import ReportContent
 
 
@@ -55,9 +62,24 @@ def _environment() -> Environment:
         tally=readings.tally,
         amplification_reading=readings.amplification_reading,
         largest_bar=readings.largest_bar,
-        method_style=charts.method_style,
+        use_reading=readings.use_reading,
+        method_style=drawing.method_style,
         curves_chart=charts.curves_chart,
         method_chart=charts.method_chart,
+        difference_chart=charts.difference_chart,
         cue_chart=charts.cue_chart,
+        rank_chart=charts.rank_chart,
+        control_chart=attribution_charts.control_chart,
+        class_chart=attribution_charts.class_chart,
+        parts_chart=attribution_charts.parts_chart,
+        steps_chart=attribution_charts.steps_chart,
+        scatter_chart=attribution_charts.scatter_chart,
+        method_claim=claims.method_claim,
+        control_claim=claims.control_claim,
+        class_claim=claims.class_claim,
+        size_claim=claims.size_claim,
+        gain_claim=claims.gain_claim,
+        exact_claim=claims.exact_claim,
+        rank_claim=claims.rank_claim,
     )
     return environment

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from clipattr.metrics.intervals import Interval
+from clipattr.report.claims import direction
 from clipattr.report.content import CueResult, Explained, GroupRow, MethodResult, ScorecardRow
 
 REFERENCE_METHOD = "exact"
@@ -14,8 +15,9 @@ _LOWER_IS_BETTER = {
     "deletion_auc": True,
     "insertion_auc": False,
     "spearman_exact": False,
+    "pearson_exact": False,
     "overlap_exact": False,
-    "minus_logit_lens": True,
+    "global_deletion": True,
 }
 
 
@@ -52,8 +54,8 @@ def best_methods(methods: Sequence[MethodResult]) -> dict[str, set[str]]:
     for column, lower in _LOWER_IS_BETTER.items():
         printed = {}
         for method in methods:
-            value: Interval | None = getattr(method, column)
-            if method.name != REFERENCE_METHOD and value is not None and math.isfinite(value.mean):
+            value: Interval = getattr(method, column)
+            if method.name != REFERENCE_METHOD and math.isfinite(value.mean):
                 printed[method.name] = round(value.mean, 3)
         target = min(printed.values(), default=0.0) if lower else max(printed.values(), default=0.0)
         best[column] = {name for name, value in printed.items() if value == target}
@@ -89,3 +91,10 @@ def largest_bar(item: Explained) -> float:
     """The longest bar of a prediction, to which its other bars are scaled."""
     values = [value for card in item.latents for value in (card.attribution, card.effect)]
     return max((abs(value) for value in values if math.isfinite(value)), default=0.0)
+
+
+def use_reading(row: ScorecardRow) -> str:
+    """One sentence: does the latent raise the prompt's score, and in how many images?"""
+    found = direction(row.mean_attribution)
+    verb = {1: "raises", 0: "neither clearly raises nor lowers", -1: "lowers"}[found]
+    return f"On average over all images the latent {verb} the prompt's score."
