@@ -5,9 +5,15 @@ A latent without any example has no meaning: its rows are nan, its best label is
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
+
+from clipattr.errors import ConfigError
+
+# Latents x labels that are scored at a time: 32 MB, of which the best are kept.
+_LATENTS, _LABELS = 1024, 8192
 
 
 class BestLabel(NamedTuple):
@@ -15,6 +21,15 @@ class BestLabel(NamedTuple):
 
     label: Int[Tensor, " latent"]
     score: Float[Tensor, " latent"]
+
+
+class TopLabels(NamedTuple):
+    """The n labels of highest s_j(t) of each latent, best first; -1 and nan without examples."""
+
+    labels: Int[Tensor, "latent n"]
+    scores: Float[Tensor, "latent n"]
+    margin: Float[Tensor, " latent"]
+    """the best score minus the second: how much the first label is to be preferred"""
 
 
 def semantic_mean(
@@ -57,6 +72,47 @@ def best_label(scores: Float[Tensor, "latent label"]) -> BestLabel:
     """The label with the highest score; label -1 and score nan for a latent without examples."""
     score, label = scores.max(1)
     return BestLabel(label.masked_fill(score.isnan(), -1), score)
+
+
+def top_labels(
+    means: Float[Tensor, "latent embed"],
+    texts: Float[Tensor, "label embed"],
+    empty_text: Float[Tensor, " embed"],
+    *,
+    n: int = 5,
+) -> TopLabels:
+    """The n best labels of every latent, of a vocabulary too large for `label_scores`.
+
+    The same numbers; no tensor of all latents x all labels is made.
+    """
+    if not 1 <= n <= len(texts) or len(texts) < 2:
+        raise ConfigError(
+            f"{n} labels of a vocabulary of {len(texts)}: ask for 1 or more, and have at least as "
+            "many words and no fewer than two"
+        )
+    means = functional.normalize(means, dim=1)
+    texts = functional.normalize(texts, dim=1)
+    blocks = [_best_labels(block, texts, max(n, 2)) for block in means.split(_LATENTS)]
+    cosines, labels = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    scores = cosines - (means @ functional.normalize(empty_text, dim=0))[:, None]
+    labels = labels.masked_fill(scores.isnan(), -1)
+    return TopLabels(labels[:, :n], scores[:, :n], scores[:, 0] - scores[:, 1])
+
+
+def _best_labels(
+    means: Float[Tensor, "latent embed"], texts: Float[Tensor, "label embed"], n: int
+) -> tuple[Float[Tensor, "latent n"], Int[Tensor, "latent n"]]:
+    """The n largest cosines and whose they are; a running best over blocks of the vocabulary."""
+    best, labels = means.new_empty(len(means), 0), torch.empty(len(means), 0, dtype=torch.int64)
+    labels = labels.to(means.device)
+    for start in range(0, len(texts), _LABELS):
+        cosines = means @ texts[start : start + _LABELS].T
+        found, places = cosines.topk(min(n, cosines.shape[1]), dim=1)
+        best = torch.cat([best, found], dim=1)
+        labels = torch.cat([labels, places + start], dim=1)
+        best, kept = best.topk(min(n, best.shape[1]), dim=1)
+        labels = labels.gather(1, kept)
+    return best, labels
 
 
 def alignment(
