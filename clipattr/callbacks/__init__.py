@@ -3,21 +3,38 @@
 States are torchmetrics, so the ranks of a distributed run merge exactly.
 """
 
+from clipattr.callbacks.base import take_all
+from clipattr.callbacks.class_reliance import ClassReliance
 from clipattr.callbacks.examples import ExamplesCallback
 from clipattr.callbacks.faithfulness import FaithfulnessCallback
 from clipattr.callbacks.global_deletion import GlobalDeletionCallback
 from clipattr.callbacks.heads import HeadsCallback
+from clipattr.callbacks.latents import LatentsCallback
 from clipattr.callbacks.reconstruction import ReconstructionCallback
 from clipattr.callbacks.reliance import RelianceCallback
 from clipattr.callbacks.sae_evaluation import SaeEvaluation, mean_by_type
+from clipattr.callbacks.shuffled import ShuffledNames, ShuffledReliance
+from clipattr.callbacks.training_faithfulness import (
+    HeldOut,
+    TrainingFaithfulness,
+    measure_faithfulness,
+)
 
 __all__ = [
+    "ClassReliance",
     "ExamplesCallback",
     "FaithfulnessCallback",
     "GlobalDeletionCallback",
     "HeadsCallback",
+    "HeldOut",
+    "LatentsCallback",
     "ReconstructionCallback",
     "RelianceCallback",
     "SaeEvaluation",
+    "ShuffledNames",
+    "ShuffledReliance",
+    "TrainingFaithfulness",
     "mean_by_type",
+    "measure_faithfulness",
+    "take_all",
 ]

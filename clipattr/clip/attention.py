@@ -88,9 +88,32 @@ def mix_heads(
     """Outputs z of all heads side by side: what the output projection reads."""
     q, k, v = _project(layer, x, context, "qkv")
     z = scaled_dot_product_attention(q, k, v, attn_mask=_mask_of(q, context))
+    return finish_heads(layer, _side_by_side(layer, z), x)
+
+
+def read_by_first(
+    layer: Layer, x: Float[Tensor, "batch token model"], context: Context
+) -> Float[Tensor, "batch token heads"]:
+    """What the first token reads from every token: A_h(first, token) v_h(token), heads in a row.
+
+    `finish_heads` of their sum over the tokens is the first token's row of `mix_heads`.
+    """
+    q, k, v = _project(layer, x, context, "qkv")
+    first = q[:, :, :1] * q.shape[-1] ** -0.5
+    weights = (first @ k.transpose(-2, -1)).softmax(dim=-1)
+    return _side_by_side(layer, weights.transpose(-2, -1) * v)
+
+
+def _side_by_side(layer: Layer, z: Tensor) -> Tensor:
     if (head_scale := getattr(layer, "head_scale", None)) is not None:
         z = z * head_scale
-    z = z.transpose(1, 2).flatten(2)
+    return z.transpose(1, 2).flatten(2)
+
+
+def finish_heads(
+    layer: Layer, z: Float[Tensor, "batch token heads"], x: Float[Tensor, "batch token model"]
+) -> Float[Tensor, "batch token heads"]:
+    """The norm and the gate that some towers have behind the heads."""
     if isinstance(layer, OpenClipAttention):
         return layer.ln_inner(z)
     if isinstance(layer, nn.MultiheadAttention):

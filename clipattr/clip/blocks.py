@@ -23,9 +23,11 @@ from clipattr.clip.attention import (
     Context,
     HeadMaps,
     attend,
+    finish_heads,
     head_maps,
     mix_heads,
     project_heads,
+    read_by_first,
 )
 from clipattr.errors import ConfigError
 
@@ -97,6 +99,14 @@ class Block:
     def heads(self, x: Stream, context: Context) -> Stream:
         """Outputs of all heads side by side, before the output projection."""
         return mix_heads(self.attention, self.before_attention(x), context)
+
+    def read_by_class(self, x: Stream, context: Context) -> Stream:
+        """What the heads of the class token read from each token; see `finish_reading`."""
+        return read_by_first(self.attention, self.before_attention(x), context)
+
+    def finish_reading(self, total: Stream, x: Stream) -> Stream:
+        """Outputs of the heads of tokens x, from the sum of what they read."""
+        return finish_heads(self.attention, total, self.before_attention(x))
 
     def from_heads(self, z: Rows) -> Rows:
         """What attention adds to the residual stream, from the outputs of its heads."""

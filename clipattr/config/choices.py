@@ -145,3 +145,11 @@ class Explained(Enum):
 
     predicted = "predicted"
     label = "label"
+
+
+class TokenPool(Enum):
+    """What one activation of a latent in an image is made of those at its tokens."""
+
+    max = "max"
+    mean = "mean"
+    sum = "sum"

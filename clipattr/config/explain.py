@@ -9,6 +9,9 @@ from clipattr.config.choices import ExplainMethod
 from clipattr.config.inputs import ModelConfig
 from clipattr.errors import ConfigError
 
+MOST_EXAMPLES = 9
+"""what one row of the picture has place for, beside a heatmap"""
+
 
 @dataclass
 class Question:
@@ -27,6 +30,10 @@ class Question:
     """class of the probe: its name or its number"""
     rather_than: str | None = None
     """why the prompt and not this one, or why the label and not this one: the difference"""
+    atlas: str | None = None
+    """folder of an atlas of the same SAE: labels and example images of the latents"""
+    examples: int = 4
+    """example images per latent in the picture, where there is an atlas; 0: none"""
     method: ExplainMethod = ExplainMethod.corrected_patching
     """how the score is attributed to latents; docs/attribution.md compares them"""
     top: int = 10
@@ -52,6 +59,8 @@ class Question:
         ):
             if value < 1:
                 raise ConfigError(f"{name}={value}: must be greater than 0")
+        if not 0 <= self.examples <= MOST_EXAMPLES:
+            raise ConfigError(f"examples={self.examples}: allowed are 0 to {MOST_EXAMPLES}")
         if bool(self.prompts) == (self.probe is not None):
             found = "both are there" if self.prompts else "neither is there"
             raise ConfigError(

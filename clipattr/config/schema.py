@@ -4,7 +4,8 @@ One dataclass per section, one docstring line per field (`--help` prints them). 
 with `job: <name>`, which selects the class in `JOBS`; it holds what differs from the defaults.
 `inputs.py` has the model, the site and the data, `sae.py` the dictionaries, `evaluation.py` what an
 evaluation computes, `attribution.py` which scores are attributed, `explain.py` what is asked about
-one image, `world.py` the planted world.
+one image, `atlas.py` what latents mean, `find.py` what is looked for among them, `world.py` the
+planted world.
 """
 
 from dataclasses import dataclass, field
@@ -12,10 +13,12 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
+from clipattr.config.atlas import AtlasQuestion
 from clipattr.config.attribution import AttributionQuestion
 from clipattr.config.choices import Logger, Precision
 from clipattr.config.evaluation import EvaluationConfig, PromptsConfig, ZeroshotConfig
 from clipattr.config.explain import Question
+from clipattr.config.find import Search
 from clipattr.config.inputs import (
     DataConfig,
     ModelConfig,
@@ -24,8 +27,10 @@ from clipattr.config.inputs import (
     TrainingImagesConfig,
     check_target,
 )
-from clipattr.config.limits import check_divides, check_label, check_not_negative, check_positive
+from clipattr.config.learners import ClipConfig, ProbeConfig
+from clipattr.config.limits import check_divides, check_positive
 from clipattr.config.sae import SaeConfig
+from clipattr.config.training_faithfulness import TrainingFaithfulnessConfig
 from clipattr.config.world import WorldConfig
 from clipattr.errors import ConfigError
 
@@ -108,7 +113,7 @@ class JobConfig:
             found["model.name"] = model.name
         if isinstance(data, DataConfig):
             found["data.shards"] = data.shards
-        for name in ("held_out", "world", "sae", "probe"):
+        for name in ("held_out", "world", "sae", "probe", "atlas"):
             value = getattr(self, name, None)
             if isinstance(value, str):
                 found[name] = value
@@ -138,54 +143,12 @@ class JobConfig:
             "world",
             "evaluation",
             "zeroshot",
+            "atlas",
         )
         for section_name in sections:
             section = getattr(self, section_name, None)
             if section is not None and hasattr(section, "check"):
                 section.check()
-
-
-@dataclass
-class ClipConfig:
-    """The small CLIP that is trained from scratch."""
-
-    architecture: str = "planted-world"
-    """planted-world, or a folder with an open_clip_config.json (and bpe_merges.txt.gz)"""
-    lr: float = 1e-3
-    """peak learning rate of AdamW, cosine to zero"""
-    weight_decay: float = 0.1
-    """on matrices only"""
-    warmup: int = 100
-    """steps of linear warm-up"""
-
-    def check(self) -> None:
-        """Raise ConfigError when a value cannot work."""
-        check_positive(self, "clip", "lr")
-        check_not_negative(self, "clip", "weight_decay", "warmup")
-
-
-@dataclass
-class ProbeConfig:
-    """Linear probe on the normalised image embedding."""
-
-    label: str = "cls"
-    """sample field that holds the class: cls, or json:<key>"""
-    classes: list[str] = field(default_factory=list)
-    """class names, in the order of the labels; at least two"""
-    lr: float = 0.01
-    """peak learning rate of AdamW, cosine to zero"""
-    weight_decay: float = 1e-4
-    """on the weights"""
-    batch_size: int = 512
-    """rows per step, over all devices"""
-
-    def check(self) -> None:
-        """Raise ConfigError when a value cannot work."""
-        check_positive(self, "probe", "lr", "batch_size")
-        check_not_negative(self, "probe", "weight_decay")
-        check_label("probe", self.label)
-        if len(self.classes) < 2:
-            raise ConfigError(f"probe.classes={self.classes}: name at least two classes")
 
 
 @dataclass
@@ -214,12 +177,21 @@ class TrainSae(JobConfig):
     target: SiteConfig | None = None
     """the site that a transcoder reconstructs, fields as of `site`: target.stream=mlp"""
     sae: SaeConfig = field(default_factory=SaeConfig)
+    faithfulness: TrainingFaithfulnessConfig | None = None
+    """how faithful attribution is as training goes on: faithfulness.classes='[cat, dog]'"""
     trainer: SaeTrainerConfig = field(default_factory=SaeTrainerConfig)
 
     def check(self) -> None:
         """Raise ConfigError when a value or a combination cannot work."""
         super().check()
         self._check_target()
+        if self.faithfulness is not None:
+            self.faithfulness.check()
+            self.faithfulness.check_training(
+                self.trainer.steps,
+                is_transcoder=self.sae.is_transcoder,
+                shard_latents=self.trainer.shard_latents,
+            )
         if self.trainer.shard_latents:
             self.sae.check_shards(self.trainer.devices)
         else:
@@ -371,6 +343,35 @@ class Explain(Question, JobConfig):
         self.check_question()
 
 
+@dataclass
+class Atlas(AtlasQuestion, JobConfig):
+    """atlas: what every latent means, and on which of them classes rely unexpectedly."""
+
+    trainer: DeviceConfig = field(default_factory=DeviceConfig)
+
+
+@dataclass
+class Find(Search, JobConfig):
+    """find: latents of an atlas for words, an image, or like another latent."""
+
+    trainer: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def paths(self) -> dict[str, str]:
+        """As for every job, the atlas and the image."""
+        asked = {"atlas": self.atlas} | ({} if self.image is None else {"image": self.image})
+        return asked | super().paths()
+
+    def check_paths(self) -> None:
+        """As for every job; the atlas must be finished."""
+        super().check_paths()
+        self.check_atlas()
+
+    def check(self) -> None:
+        """Raise ConfigError when a value or a combination cannot work."""
+        super().check()
+        self.check_search()
+
+
 TRAIN_JOBS: dict[str, type[JobConfig]] = {
     "render_world": RenderWorld,
     "train_clip": TrainClip,
@@ -385,5 +386,7 @@ EVALUATE_JOBS: dict[str, type[JobConfig]] = {
     "evaluate_world": EvaluateWorld,
     "evaluate_attribution": EvaluateAttribution,
     "explain": Explain,
+    "atlas": Atlas,
+    "find": Find,
 }
 JOBS = TRAIN_JOBS | EVALUATE_JOBS

@@ -1,6 +1,7 @@
 """One file per job; `run` is the only place that knows them all."""
 
 from clipattr.config.schema import (
+    Atlas,
     CacheActivations,
     EvaluateAttribution,
     EvaluateSae,
@@ -8,6 +9,7 @@ from clipattr.config.schema import (
     EvaluateWorldZeroshot,
     EvaluateZeroshot,
     Explain,
+    Find,
     JobConfig,
     RenderWorld,
     TrainClip,
@@ -69,5 +71,13 @@ def _evaluate(config: JobConfig, command: list[str]) -> None:
             from clipattr.jobs.explain import explain
 
             explain(config, command)
+        case Atlas():
+            from clipattr.jobs.atlas import atlas
+
+            atlas(config, command)
+        case Find():
+            from clipattr.jobs.find import find
+
+            find(config, command)
         case _:
             raise AssertionError(f"no job for {type(config).__name__}")

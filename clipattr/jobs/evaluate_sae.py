@@ -7,7 +7,7 @@ from clipattr.atomic import write_bytes, write_text
 from clipattr.callbacks import SaeEvaluation, mean_by_type
 from clipattr.callbacks.sae_evaluation import TypeResult
 from clipattr.clip import Clip, Site, image_tower
-from clipattr.config.schema import EvaluateAttribution, EvaluateSae, Explain
+from clipattr.config.schema import Atlas, EvaluateAttribution, EvaluateSae, Explain
 from clipattr.errors import CheckpointError
 from clipattr.jobs.class_head import load_classes, needed_fields
 from clipattr.jobs.model import load_model
@@ -65,7 +65,9 @@ def evaluate_sae(config: EvaluateSae, command: list[str]) -> None:
     run.finish()
 
 
-def load_spliced(config: EvaluateSae | EvaluateAttribution | Explain, clip: Clip) -> Spliced:
+def load_spliced(
+    config: EvaluateSae | EvaluateAttribution | Explain | Atlas, clip: Clip
+) -> Spliced:
     """The SAE in the tower, at the site that its file names; one of another model is refused."""
     model = {"name": config.model.name, "weights_sha256": clip.weights_sha256}
     sae, record = load_sae(config.sae, expected_model=model, one_site=True)

@@ -24,6 +24,7 @@ from clipattr.data.images import ImageError
 from clipattr.data.pixels import Pixels
 from clipattr.errors import ConfigError, DataError
 from clipattr.jobs.evaluate_sae import load_spliced
+from clipattr.jobs.explain_known import find_known, load_meanings, load_pictures
 from clipattr.jobs.model import load_model
 from clipattr.jobs.start import Plan, describe_files, describe_model
 from clipattr.probes import load_probe
@@ -57,13 +58,20 @@ def explain(config: Explain, command: list[str]) -> None:
     pixels = Pixels(clip.preprocess)
     image = _decode(pixels, content, config.image)
     spliced = load_spliced(config, clip)
+    atlas = load_meanings(config, clip)
     head = _load_head(config, clip)
-    found = _explain(spliced, pixels.normalise(image.to(clip.device)), head, config)
-    scores = read_explanation(found, head.names, _find_patches(spliced, image_tower(clip.model)))
+    inputs, tower = pixels.normalise(image.to(clip.device)), image_tower(clip.model)
+    found = _explain(spliced, inputs, head, config)
+    _check_finite(found, head, spliced, config)
+    latents = found.latents[found.is_active].unique()
+    known = find_known(spliced, tower, inputs, latents, atlas, n_examples=config.examples)
+    pictures = load_pictures(config, atlas, known)
+    scores = read_explanation(found, head.names, _find_patches(spliced, tower), known)
     record = {
         "image": config.image,
         "model": {"name": config.model.name, "weights_sha256": clip.weights_sha256},
         "sae": config.sae,
+        "atlas": config.atlas,
         "site": spliced.cut.site.to_json(),
         "method": config.method.name,
         "kind": head.kind,
@@ -71,7 +79,7 @@ def explain(config: Explain, command: list[str]) -> None:
     }
     run = plan.open()
     write_text(run.path / NUMBERS, json.dumps(record, indent=2, allow_nan=False) + "\n")
-    write_bytes(run.path / PICTURE, explanation_png(image, scores))
+    write_bytes(run.path / PICTURE, explanation_png(image, scores, pictures))
     run.finish()
     logger.info("%s by %s, %s at %s", head.kind, config.method.name, config.image, run.path)
     for each in scores:
@@ -81,8 +89,9 @@ def explain(config: Explain, command: list[str]) -> None:
 def _describe_inputs(config: Explain) -> dict[str, object]:
     sae = Path(config.sae)
     files = [Path(config.image), sae / "sae.json", sae / "sae.safetensors"]
-    if config.probe is not None:
-        files += [Path(config.probe) / f"probe.{kind}" for kind in ("json", "safetensors")]
+    for folder, stem in ((config.probe, "probe"), (config.atlas, "atlas")):
+        if folder is not None:
+            files += [Path(folder) / f"{stem}.{kind}" for kind in ("json", "safetensors")]
     return {"model": describe_model(config.model), "files": describe_files(files)}
 
 
@@ -157,6 +166,29 @@ def _explain(
     )
 
 
+def _check_finite(found: Explanation, head: Head, spliced: Spliced, config: Explain) -> None:
+    """Weights that overflow, or that are damaged, show here first."""
+    numbers = {
+        "the score": found.score,
+        "the score without latents": found.without_latents,
+        f"the attribution by {config.method.name}": found.attribution,
+        "the exact effect of a latent": found.exact,
+        "the attribution of the error term": found.error,
+        "the exact effect of the error term": found.error_exact,
+    }
+    for what, values in numbers.items():
+        for name, row in zip(head.names, values, strict=True):
+            bad = row[~row.isfinite()]
+            if len(bad):
+                probe = "" if config.probe is None else f", probe={config.probe}"
+                raise DataError(
+                    f"image={config.image}, {name!r}, at {spliced.cut.site}: {what} is "
+                    f"{float(bad[0])}. Look for nan or infinity in the weights of "
+                    f"model.name={config.model.name}, sae={config.sae}{probe}, and try "
+                    "model.precision=fp32 where it is fp16, which overflows"
+                )
+
+
 def _choose_method(config: Explain, spliced: Spliced, score: HeadScore) -> Attribute:
     match config.method:
         case ExplainMethod.corrected_patching:
@@ -176,12 +208,8 @@ def _choose_method(config: Explain, spliced: Spliced, score: HeadScore) -> Attri
 
 
 def _lens(method: ExplainMethod, spliced: Spliced, head: HeadScore) -> Attribute:
-    cut = spliced.cut
-
-    def direct(vectors: Tensor) -> Tensor:
-        return cut.read_directly(vectors.to(cut.trunk.dtype)).to(head.weights.dtype)
-
-    table = baselines.logit_lens_table(direct, spliced.sae.directions, head.weights)
+    directions = spliced.sae.directions
+    table = baselines.logit_lens_table(spliced.cut.read_directly, directions, head.weights)
     is_weighted = method is ExplainMethod.act_times_logit_lens
     read = baselines.act_times_logit_lens if is_weighted else baselines.logit_lens
 

@@ -1,6 +1,6 @@
 """An explanation as plain numbers, and as a table for the terminal."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -22,13 +22,66 @@ class Part(NamedTuple):
     exact: float
 
 
+Grid = list[list[float]]
+"""a number per patch, rows of the image first"""
+
+
+class FiredBy(NamedTuple):
+    """From where the class token read what made a latent fire; together the activation."""
+
+    patches: Grid
+    other_tokens: float
+    nothing: float
+    """what the latent would be if nothing had been read"""
+
+
+class Meaning(NamedTuple):
+    """What an atlas says of a latent: words with their scores, and images, best first."""
+
+    labels: Sequence[tuple[str, float]]
+    examples: Sequence[int]
+    """rows of the images that the atlas was made from"""
+
+    @property
+    def word(self) -> str:
+        """The best label; "-" of a latent that fired on no image of the atlas."""
+        return self.labels[0][0] if self.labels else "-"
+
+
 class LatentPart(NamedTuple):
-    """One latent; `heatmap` has a number per patch, rows of the image first."""
+    """One latent; `heatmap` is its attribution at each patch, where the site has patches."""
 
     latent: int
     activation: float
     part: Part
-    heatmap: list[list[float]] | None
+    heatmap: Grid | None
+    fired_by: FiredBy | None
+    meaning: Meaning | None
+
+    @property
+    def name(self) -> str:
+        """Its number, and its best label where there is an atlas."""
+        return f"{self.latent} {self.meaning.word}" if self.meaning else str(self.latent)
+
+    def to_json(self) -> dict[str, object]:
+        """Plain fields; what is not known of the latent is left out."""
+        found: dict[str, object] = {"latent": self.latent, "activation": self.activation}
+        found |= self.part._asdict()
+        if self.heatmap is not None:
+            found["heatmap"] = self.heatmap
+        if self.fired_by is not None:
+            found["fired_by"] = self.fired_by._asdict()
+        if self.meaning is not None:
+            labels = [{"word": word, "score": score} for word, score in self.meaning.labels]
+            found |= {"labels": labels, "examples": list(self.meaning.examples)}
+        return found
+
+
+class Known(NamedTuple):
+    """What is known of latents beside their attribution, by their number."""
+
+    fired_by: Mapping[int, FiredBy] = {}
+    meaning: Mapping[int, Meaning] = {}
 
 
 class ExplainedScore(NamedTuple):
@@ -46,12 +99,7 @@ class ExplainedScore(NamedTuple):
 
     def to_json(self) -> dict[str, object]:
         """Plain fields, as files record them."""
-        latents = [
-            {"latent": each.latent, "activation": each.activation}
-            | each.part._asdict()
-            | ({} if each.heatmap is None else {"heatmap": each.heatmap})
-            for each in self.latents
-        ]
+        latents = [each.to_json() for each in self.latents]
         return {**self._asdict(), "error": self.error._asdict(), "latents": latents}
 
 
@@ -63,23 +111,28 @@ class Patches(NamedTuple):
 
 
 def read_explanation(
-    explanation: Explanation, names: Sequence[str], patches: Patches | None
+    explanation: Explanation,
+    names: Sequence[str],
+    patches: Patches | None,
+    known: Known = Known(),  # noqa: B008  immutable
 ) -> list[ExplainedScore]:
     """One entry per row of the explanation; heatmaps where the site has patches."""
     maps = None if patches is None else _on_grid(explanation.maps(), patches)
-    return [_read_row(explanation, row, name, maps) for row, name in enumerate(names)]
+    return [_read_row(explanation, row, name, maps, known) for row, name in enumerate(names)]
 
 
 def explanation_table(found: ExplainedScore) -> str:
     """The listed latents, the others and the error term, a line each."""
+    has_labels = any(each.meaning for each in found.latents)
     lines = [
         f"{found.name}: {found.score:.4f}, without its {found.n_active} active latents "
         f"{found.without_latents:.4f}",
         f"  {'latent':>9} {'attribution':>12} {'of all |.|':>10} {'of change':>10} "
-        f"{'activation':>11} {'exact':>9}",
+        f"{'activation':>11} {'exact':>9}" + ("  label" if has_labels else ""),
     ]
     for each in found.latents:
-        lines.append(_line(str(each.latent), each.part, f"{each.activation:.3f}"))
+        line = _line(str(each.latent), each.part, f"{each.activation:.3f}")
+        lines.append(f"{line}  {each.meaning.word}" if each.meaning else line)
     n_others = found.n_active - len(found.latents)
     if n_others:
         lines.append(f"  {f'{n_others} more':>9} {found.others:>+12.4f}")
@@ -98,7 +151,7 @@ def _line(name: str, part: Part, activation: str) -> str:
 
 
 def _read_row(
-    explanation: Explanation, row: int, name: str, maps: np.ndarray | None
+    explanation: Explanation, row: int, name: str, maps: np.ndarray | None, known: Known
 ) -> ExplainedScore:
     is_active = explanation.is_active[row]
     score, rest = float(explanation.score[row]), float(explanation.without_latents[row])
@@ -112,6 +165,8 @@ def _read_row(
             activation,
             _part(attribution, effect, total, score - rest),
             None if maps is None else maps[row, rank].tolist(),
+            known.fired_by.get(latent),
+            known.meaning.get(latent),
         )
         for rank, (latent, activation, attribution, effect) in enumerate(
             zip(

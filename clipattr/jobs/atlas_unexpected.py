@@ -1,0 +1,211 @@
+"""The ranked list of unexpected reliance, what chance finds, and kinds that rules suggest."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Float64, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from clipattr.jobs.atlas_inputs import Scored
+from clipattr.jobs.atlas_pass import Chance, Found
+from clipattr.metrics.class_spread import ClassSpreadResult
+from clipattr.semantics.describe import Semantics
+from clipattr.semantics.kinds import Evidence, Suggestion, suggest_kinds
+from clipattr.semantics.labels import alignment, semantic_mean, top_labels
+from clipattr.semantics.unexpected import (
+    Candidates,
+    Meanings,
+    Threshold,
+    Verdict,
+    compare,
+    evidence_threshold,
+    find_candidates,
+    find_parts,
+    judge,
+    speaking_for,
+)
+
+
+class Pair(NamedTuple):
+    """A row of the list."""
+
+    class_number: int
+    latent: int
+    attribution: float
+    share: float
+    specificity: float
+    evidence: float
+    share_of_images: float
+    share_positive: float
+    alignment: float
+    aligned_share: float
+    gap: float
+    sigmas: float
+    counterpart: int | None
+    suggestions: list[Suggestion]
+
+
+class Unexpected(NamedTuple):
+    """The list, strongest first, and what it stands on."""
+
+    pairs: list[Pair]
+    threshold: Threshold
+    n_candidates: int
+    alignment: Float[Tensor, "latent class"]
+    counterparts: Int[Tensor, " class"]
+    """the latent that means each class and drives it most; -1: none"""
+
+
+def find_unexpected(
+    found: Found, semantics: Semantics, scored: Scored, *, n_examples: int, level: float
+) -> Unexpected:
+    """Candidates of the true names, above the evidence that false names reach."""
+    texts = scored.texts
+    has_part = find_parts(texts.class_words, texts.words)
+    meanings = Meanings(
+        scored.embeddings,
+        found.top.ids[:, :n_examples],
+        semantics.labels,
+        semantics.label_scores,
+        texts.of_words,
+        texts.of_classes,
+        has_part,
+    )
+    speaks_for = speaking_for(found.reliance.mean_attribution)
+    candidates = find_candidates(found.reliance.mean_attribution, speaks_for)
+    verdict = judge(candidates, meanings)
+    by_chance = [
+        _evidence_by_chance(chance, speaks_for, meanings, texts.empty) for chance in found.chance
+    ]
+    unexpected = verdict.is_unexpected
+    threshold = evidence_threshold(candidates.evidence[unexpected], by_chance, level=level)
+    kept = unexpected & (candidates.evidence >= threshold.evidence)
+    order = kept.nonzero().flatten()
+    order = order[candidates.evidence[order].argsort(descending=True, stable=True)]
+    aligned = alignment(semantics.means, texts.of_classes, texts.empty)
+    counterparts = _find_counterparts(found.reliance.mean_attribution, aligned)
+    chosen, verdict = candidates.select(order), Verdict(*(column[order] for column in verdict))
+    describer = _Describer(found, semantics, scored, aligned, counterparts)
+    pairs = list(describer.pairs(chosen, verdict, meanings))
+    return Unexpected(pairs, threshold, int(unexpected.sum()), aligned, counterparts)
+
+
+def _evidence_by_chance(
+    chance: Chance, speaks_for: Tensor, meanings: Meanings, empty: Tensor
+) -> Tensor:
+    """The same steps with false names."""
+    means = semantic_mean(meanings.embeddings, chance.examples)
+    labels = top_labels(means, meanings.words, empty, n=meanings.labels.shape[1])
+    shuffled = meanings._replace(
+        examples=chance.examples, labels=labels.labels, label_scores=labels.scores
+    )
+    candidates = find_candidates(chance.mean_attribution, speaks_for)
+    return candidates.evidence[judge(candidates, shuffled).is_unexpected]
+
+
+def _find_counterparts(
+    mean_attribution: Float[Tensor, "class latent"], aligned: Float[Tensor, "latent class"]
+) -> Int[Tensor, " class"]:
+    """Among the latents whose nearest class it is, the one that drives it most."""
+    nearest = aligned.nan_to_num(-torch.inf).argmax(dim=1)
+    numbers = torch.arange(len(mean_attribution))
+    means_it = (nearest == numbers[:, None]) & ~aligned[:, 0].isnan()
+    drive, latent = mean_attribution.where(means_it, -torch.inf).max(dim=1)
+    return latent.where(drive > 0, -1)
+
+
+class _Describer:
+    """Fills in the rows of the list: what is known of a pair, and which rules hold."""
+
+    def __init__(
+        self,
+        found: Found,
+        semantics: Semantics,
+        scored: Scored,
+        aligned: Float[Tensor, "latent class"],
+        counterparts: Int[Tensor, " class"],
+    ) -> None:
+        self.found, self.texts = found, scored.texts
+        self.best = semantics.labels[:, 0]
+        self.aligned, self.counterparts = aligned, counterparts
+        # All images share a direction, which says nothing about how alike two latents are.
+        self.centred = normalize(semantics.means - semantics.means.nanmean(dim=0), dim=1)
+
+    def written_sigmas(
+        self, candidates: Candidates, meanings: Meanings
+    ) -> Float64[Tensor, " pair"]:
+        """By how much the images are nearer to the class's name in writing than to any word."""
+        best = self.best[candidates.latents].clamp(min=0)
+        towards = self.texts.of_written[candidates.classes]
+        examples = meanings.examples[candidates.latents]
+        away = self.texts.of_words[best]
+        return compare(meanings.embeddings, examples, towards=towards, away=away).sigmas
+
+    def evidence(self, number: int, latent: int, part: int, written_sigmas: float) -> Evidence:
+        """What the rules read."""
+        column = self.aligned[:, number]
+        column = column[~column.isnan()]
+        counterpart: int | None = int(self.counterparts[number])
+        if counterpart in (-1, latent):
+            counterpart = None
+        label = self.texts.words[int(self.best[latent])]
+        lift, of_class = _read_spread(self.found.latents.spread, latent, number)
+        return Evidence(
+            class_name=self.texts.class_words[number],
+            label=label,
+            label_is_class=label in self.texts.class_words,
+            part=self.texts.words[part] if part >= 0 else None,
+            written_sigmas=written_sigmas,
+            alignment=float(self.aligned[latent, number]),
+            aligned_share=float((column >= self.aligned[latent, number]).double().mean()),
+            counterpart=counterpart,
+            counterpart_cosine=(
+                None
+                if counterpart is None
+                else float(self.centred[latent] @ self.centred[counterpart])
+            ),
+            lift=lift,
+            share_of_class=of_class,
+        )
+
+    def pairs(self, candidates: Candidates, verdict: Verdict, meanings: Meanings) -> Iterator[Pair]:
+        """One row for each candidate, in their order."""
+        written = self.written_sigmas(candidates, meanings).tolist()
+        reliance, strength = self.found.reliance, candidates.evidence
+        share = reliance.share_of_images.expand_as(reliance.mean_attribution)
+        for row, (number, latent) in enumerate(
+            zip(candidates.classes.tolist(), candidates.latents.tolist(), strict=True)
+        ):
+            evidence = self.evidence(number, latent, int(verdict.part[row]), written[row])
+            yield Pair(
+                class_number=number,
+                latent=latent,
+                attribution=float(candidates.attribution[row]),
+                share=float(candidates.share[row]),
+                specificity=float(candidates.specificity[row]),
+                evidence=float(strength[row]),
+                share_of_images=float(share[number, latent]),
+                share_positive=float(reliance.share_positive[number, latent]),
+                alignment=evidence.alignment,
+                aligned_share=evidence.aligned_share,
+                gap=float(verdict.gap[row]),
+                sigmas=float(verdict.sigmas[row]),
+                counterpart=evidence.counterpart,
+                suggestions=suggest_kinds(evidence),
+            )
+
+
+def _read_spread(
+    spread: ClassSpreadResult | None, latent: int, number: int
+) -> tuple[float | None, float | None]:
+    """How much more often it fires on images of the class, and their share of those it fires on."""
+    if spread is None:
+        return None, None
+    fired, of_class = spread.counts[latent].sum().item(), int(spread.n_images[number])
+    if not fired or not of_class:
+        return None, None
+    both = int(spread.counts[latent, number])
+    frequency = fired / int(spread.n_images.sum())
+    return both / of_class / frequency, both / fired
