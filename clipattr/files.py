@@ -47,6 +47,15 @@ def save_weights(
     write_text(folder / f"{stem}.json", text)
 
 
+def read_sha256(folder: Path, stem: str) -> str:
+    """Of the tensors, as the JSON has it: which weights these are, without reading them."""
+    path = folder / f"{stem}.json"
+    found = _read_object(path).get(_SHA256)
+    if not isinstance(found, str):
+        raise CheckpointError(f"{path}: has no {_SHA256}")
+    return found
+
+
 def load_weights(
     folder: Path, stem: str, schemas: Mapping[int, frozenset[str]]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -104,13 +113,18 @@ def check_model(path: Path, found: object, expected: Mapping[str, str]) -> None:
         )
 
 
-def _read_fields(path: Path, schemas: Mapping[int, frozenset[str]]) -> dict[str, Any]:
+def _read_object(path: Path) -> dict[str, Any]:
     try:
         fields = json.loads(_read(path))
     except (ValueError, RecursionError) as error:  # broken JSON, or bytes that are no text
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(fields, dict):
         raise CheckpointError(f"{path}: holds a {type(fields).__name__}, expected a JSON object")
+    return fields
+
+
+def _read_fields(path: Path, schemas: Mapping[int, frozenset[str]]) -> dict[str, Any]:
+    fields = _read_object(path)
     version = fields.get("schema_version")
     if not isinstance(version, int) or version not in schemas:
         allowed = " or ".join(str(each) for each in schemas)

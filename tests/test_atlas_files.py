@@ -56,6 +56,13 @@ def test_an_atlas_of_another_model_is_refused(tmp_path: Path) -> None:
         load_atlas(tmp_path, {**MODEL, "weights_sha256": "dd"})
 
 
+def test_an_atlas_of_another_sae_is_refused(tmp_path: Path) -> None:
+    save_atlas(example(), tmp_path)
+    assert load_atlas(tmp_path, MODEL, "bb").origin.sae == "bb"
+    with pytest.raises(CheckpointError, match="SAE"):
+        load_atlas(tmp_path, MODEL, "dd")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

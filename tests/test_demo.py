@@ -58,8 +58,13 @@ class Demo:
                 *(f"data.shards={world}/task_train", *read),
                 *("trainer.steps=10", "probe.batch_size=32"),
             ],
+            "atlas": [
+                *(f"data.shards={world}/val", f"sae={self.runs}/demo/sae", *read),
+                f"scorer.name={self.model}",
+                f"atlas.vocabulary=[{DEMO / 'vocabulary.txt'}]",
+            ],
             "evaluate": [
-                *(f"world={world}", *read),
+                *(f"world={world}", f"atlas={self.runs}/demo/atlas", *read),
                 *(f"sae={self.runs}/demo/sae", f"probe={self.runs}/demo/probe"),
                 *("evaluation.images=20", "evaluation.resamples=50", "evaluation.ig_steps=32"),
                 "evaluation.overlap_top=3",
@@ -86,7 +91,7 @@ class Demo:
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> Demo:
     made = Demo(tmp_path_factory.mktemp("demo"))
-    for name in ("world", "sae", "probe", "evaluate"):
+    for name in ("world", "sae", "probe", "atlas", "evaluate"):
         assert made.run(name) == 0
     return made
 
@@ -117,6 +122,34 @@ def test_metrics_keep_the_contract(demo):
         assert 1 <= row["rank_logit_lens"] <= 48
         assert row["mean_attribution"].keys() == INTERVAL
         assert 0 < row["share_of_images"] <= 1
+
+
+def test_the_list_of_the_atlas_is_graded(demo):
+    found = demo.read("evaluation", "metrics.json")["unexpected"]
+    atlas = demo.read("atlas", "metrics.json")["atlas"]["unexpected"]
+    assert (found["pairs"], found["by_chance"]) == (atlas["pairs"], atlas["by_chance"])
+    # Of the eleven planted failures the two of the stickers are about no noun.
+    assert len(found["failures"]) == 9
+    assert set(found["kinds_found"]) <= set(found["kinds_learned"])
+    assert 0 <= found["precision"] <= 1
+    assert 0 <= found["recall"] <= 1
+    page = (demo.runs / "demo" / "evaluation" / "report" / "index.html").read_text()
+    assert f"Rank of {found['pairs']}" in page
+
+
+def test_an_atlas_of_another_sae_is_refused(demo, capsys):
+    assert demo.run("sae", "seed=1", "name=demo/other") == 0
+    options = (f"sae={demo.runs}/demo/other", "name=demo/refused")
+    assert demo.run("evaluate", *options) == 2
+    assert "sha256 of its SAE's weights" in capsys.readouterr().err
+    assert not (demo.runs / "demo" / "refused" / "metrics.json").exists()
+
+
+def test_without_an_atlas_the_page_says_so(demo):
+    assert demo.run("evaluate", "atlas=null", "name=demo/no-atlas") == 0
+    assert "unexpected" not in demo.read("no-atlas", "metrics.json")
+    page = (demo.runs / "demo" / "no-atlas" / "report" / "index.html").read_text()
+    assert "No atlas was given to this run" in page
 
 
 def test_numbers_that_must_hold_for_any_model(demo):

@@ -40,6 +40,7 @@ FILE = Path(__file__).parents[1] / "configs" / "evaluate" / "explain.yaml"
 PROMPTS = ["a red fish", "a star"]
 CLASSES = ["sand", "boat", "2"]
 N_LATENTS, TOP, CORRECTED = 24, 4, 5
+VISION = CONFIG["model_cfg"]["vision_cfg"]
 SITES = {
     "cls": Site(1, "residual", "cls"),
     "early": Site(0, "residual", "cls"),
@@ -65,15 +66,15 @@ def noise(number: int, width: int = 40) -> Image.Image:
 class Place:
     """A tiny model with an SAE at each site, a probe and a picture."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, sites: dict = SITES, vision: dict = VISION) -> None:
         self.folder = folder
-        self.model = save_tiny_clip(folder / "tiny")
+        self.model = save_tiny_clip(folder / "tiny", vision_cfg=vision)
         self.clip = load_clip(self.model)
         self.tower = image_tower(self.clip.model)
         noise(0).save(folder / "photo.png")
         self.images = torch.stack([self.clip.preprocess(noise(n)) for n in range(20)])
         self.record = {"name": self.model, "weights_sha256": self.clip.weights_sha256}
-        self.spliced = {name: self.save(name, site) for name, site in SITES.items()}
+        self.spliced = {name: self.save(name, site) for name, site in sites.items()}
         self.probe = LinearProbe(16, len(CLASSES)).requires_grad_(False)
         generator = torch.Generator().manual_seed(5)
         self.probe.weight.copy_(torch.randn(len(CLASSES), 16, generator=generator))
@@ -81,10 +82,9 @@ class Place:
         save_probe(self.probe, folder / "probe", ProbeRecord(CLASSES, self.record, "cls", "data"))
 
     def save(self, name: str, site: Site, sha: str | None = None) -> Spliced:
-        sae = TopKSae(
-            d_model=32, n_latents=N_LATENTS, k=6, generator=torch.Generator().manual_seed(1)
-        )
         cut = self.tower.cut(site)
+        generator = torch.Generator().manual_seed(1)
+        sae = TopKSae(d_model=cut.d_site, n_latents=N_LATENTS, k=6, generator=generator)
         sae.initialise_from(cut.read(self.images).detach().flatten(0, -2))
         model = self.record | ({"weights_sha256": sha} if sha else {})
         save_sae(sae, self.folder / name, SaeRecord(cut.site.to_json(), model, "data"))
@@ -181,6 +181,7 @@ def check(shown: dict, latents: dict[int, dict], whole: dict, first_patch: int |
         assert each["share"] == close(expected["attribution"] / total)
         assert each["share_of_change"] == pytest.approx(expected["attribution"] / change, rel=1e-2)
         assert ("heatmap" in each) == (first_patch is not None)
+        assert ("fired_by" in each) == (first_patch is None)
         if first_patch is not None:
             grid = expected["map"][first_patch:].view(4, 4).numpy()
             np.testing.assert_allclose(np.array(each["heatmap"]), grid, atol=2e-6)
@@ -304,7 +305,7 @@ def test_several_images_and_fewer_latents_than_asked_for(place: Place):
 
 def test_heatmaps_are_drawn_where_the_patches_are(place: Place):
     """A wide image: rows of the grid follow each other, and the prefix is no patch."""
-    vision = CONFIG["model_cfg"]["vision_cfg"] | {"image_size": [32, 48]}
+    vision = VISION | {"image_size": [32, 48]}
     tower = image_tower(load_clip(save_tiny_clip(place.folder / "wide", vision_cfg=vision)).model)
     assert tower.patch_grid() == (4, 6)
     assert place.tower.patch_grid() == (4, 4)

@@ -110,11 +110,16 @@ def test_words_find_the_planted_latent(search: Search, caplog: pytest.LogCapture
     folder = search.folder / "runs" / "find" / "words"
     assert (folder / "find.txt").read_text().strip() in caplog.text
     assert f"latent.html#{PLANTED}" in caplog.text
+    assert '"a red flag"; score' in caplog.text
     with Image.open(folder / "find.png") as picture:
         assert picture.width > 500
 
 
-def test_templates(search: Search):
+def test_templates(search: Search, tmp_path: Path):
+    (tmp_path / "templates.txt").write_text("a {}\n{} here")
+    search.find("two", "query=moon", f"templates={tmp_path / 'templates.txt'}")
+    table = (search.folder / "runs" / "find" / "two" / "find.txt").read_text()
+    assert table.startswith('"moon" in 2 prompts; ')
     found = search.find("templates", "query=a red flag", "templates=none")["answers"][0]
     assert found["templates"] == ["{}"]
     reference = search.reference("{}", load_atlas(search.planted))

@@ -11,6 +11,7 @@ from clipattr.report import (
     GroupRow,
     MethodResult,
     ScorecardRow,
+    UnexpectedResult,
     formatting,
     readings,
 )
@@ -85,6 +86,15 @@ def test_worst_group_is_found_per_head():
 def test_amplification_reading_follows_the_interval(amplification, words):
     cue = CueResult("cue", True, interval(0.3), interval(0.6), amplification, 0.1, 0.2, [])
     assert words in readings.amplification_reading(cue)
+
+
+def test_the_list_of_the_atlas_in_words():
+    found = UnexpectedResult([], 0.15, 0.8, ["a", "b"], ["a"], 20, 77, 1.5)
+    text = readings.unexpected_reading(found)
+    for part in ("1 of the 2 kinds", "first 20", "recall 80 %", "precision 15 %", "77", "1.5"):
+        assert part in text
+    nothing = dataclasses.replace(found, kinds_learned=[], kinds_found=[])
+    assert "learned no planted failure" in readings.unexpected_reading(nothing)
 
 
 def test_formatting_of_edges():

@@ -36,17 +36,22 @@ def cosine(one: list[float], other: list[float]) -> float:
     return product / math.hypot(*one) / math.hypot(*other)
 
 
+def unit(row: list[float]) -> list[float]:
+    return [value / math.hypot(*row) for value in row]
+
+
 def plain_scores(means: Tensor, query: Tensor, reference: Tensor | None) -> dict[int, float]:
     rows = {number: row.tolist() for number, row in enumerate(means) if number not in DEAD}
     asked = query.tolist()
     if reference is not None:
         shared = reference.tolist()
         return {j: cosine(row, asked) - cosine(row, shared) for j, row in rows.items()}
-    middle = [sum(row[axis] for row in rows.values()) / len(rows) for axis in range(D)]
-    minus = [a - m for a, m in zip(asked, middle, strict=True)]
+    units = {j: unit(row) for j, row in rows.items()}
+    middle = [sum(row[axis] for row in units.values()) / len(units) for axis in range(D)]
+    minus = [a - m for a, m in zip(unit(asked), middle, strict=True)]
     return {
         j: cosine([a - m for a, m in zip(row, middle, strict=True)], minus)
-        for j, row in rows.items()
+        for j, row in units.items()
     }
 
 
@@ -82,10 +87,21 @@ def test_what_all_means_share_ranks_none_of_them():
     shared = torch.zeros(D)
     shared[0] = 1.0
     offsets = 0.2 * torch.eye(D)[1:6]
-    means = torch.cat([shared + offsets, shared[None]])
+    # In pairs around the middle, and the last in the middle itself.
+    means = torch.cat([shared + offsets, shared - offsets, shared[None]])
     query = shared + 0.05 * torch.eye(D)[2]
-    assert int(normalize(means, dim=1).mv(query).argmax()) == 5
-    assert find_latents(means, query, top=1).most.latents.tolist() == [1]
+    assert int(normalize(means, dim=1).mv(query).argmax()) == 10
+    found = find_latents(means, query, top=1)
+    assert found.most.latents.tolist() == [1]
+    assert found.least.latents.tolist() == [6]
+
+
+def test_how_much_images_are_alike_has_no_say():
+    means = make_means()
+    lengths = torch.linspace(0.1, 1.0, N)[:, None]
+    torch.testing.assert_close(
+        likeness(means, make_query(1)), likeness(lengths * means, 3 * make_query(1)), equal_nan=True
+    )
 
 
 def test_equal_scores_are_listed_by_number():

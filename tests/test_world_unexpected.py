@@ -2,7 +2,7 @@
 
 import torch
 
-from clipattr.jobs.world_unexpected import Listed, grade_list
+from clipattr.jobs.world_unexpected import FoundList, Listed, grade_list
 from clipattr.world.prompts import Failure, planted_failures
 
 FAILURES = {failure.name: failure for failure in planted_failures()}
@@ -16,7 +16,7 @@ def grade(listed: list[Listed], failures: list[tuple[Failure, bool]]):
     first = torch.tensor([True, True, False, False])
     nothing = torch.zeros(4, dtype=torch.bool)
     return grade_list(
-        listed,
+        FoundList(listed, 1.5),
         failures,
         activations=activations,
         shows_factor=[first, *([~first] * (len(failures) - 1))],
@@ -39,6 +39,7 @@ def test_ranks_precision_and_recall() -> None:
     assert found.recall == 1 / 2
     assert found.kinds_learned == ["spurious_context", "polysemous_word"]
     assert found.kinds_found == ["spurious_context"]
+    assert (found.n_listed, found.n_graded, found.n_by_chance) == (4, 20, 1.5)
 
 
 def test_what_was_not_learned_counts_neither_way() -> None:
@@ -66,7 +67,7 @@ def test_images_of_the_class_itself_say_nothing() -> None:
     factor = torch.tensor([True, False, False, False])
     of_class = torch.tensor([False, False, True, True])
     found = grade_list(
-        [Listed("star fish", 0, "x")],
+        FoundList([Listed("star fish", 0, "x")], 0.0),
         [(STAR, True)],
         activations=activations,
         shows_factor=[factor],

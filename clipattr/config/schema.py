@@ -311,6 +311,8 @@ class EvaluateWorld(JobConfig):
     """folder with sae.safetensors and sae.json"""
     probe: str = MISSING
     """folder with probe.safetensors and probe.json"""
+    atlas: str | None = None
+    """folder of the job atlas, whose list of unexpected reliance is graded; none: no list"""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     trainer: DeviceConfig = field(default_factory=DeviceConfig)
 

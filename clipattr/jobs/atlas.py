@@ -11,6 +11,7 @@ from clipattr.atomic import write_text
 from clipattr.clip import Clip
 from clipattr.config.schema import Atlas
 from clipattr.data import write_thumbnails
+from clipattr.files import read_sha256
 from clipattr.jobs.atlas_heat import read_heat
 from clipattr.jobs.atlas_inputs import (
     Scored,
@@ -132,10 +133,9 @@ def _save(
     scored: Scored,
     unexpected: Unexpected,
 ) -> None:
-    sae_record = json.loads((Path(config.sae) / "sae.json").read_text())
     origin = AtlasOrigin(
         model={"name": config.model.name, "weights_sha256": clip.weights_sha256},
-        sae=str(sae_record["tensors_sha256"]),
+        sae=read_sha256(Path(config.sae), "sae"),
         site=spliced.cut.site.to_json(),
         scorer={
             "name": config.scorer.name,

@@ -9,6 +9,7 @@ from clipattr.attribution import LastLayerHead, closed_form_attribution, logit_l
 from clipattr.callbacks import ExamplesCallback, ReconstructionCallback, RelianceCallback
 from clipattr.clip import embed_prompts
 from clipattr.config.schema import EvaluateWorld
+from clipattr.files import read_sha256
 from clipattr.jobs.start import Plan, describe_files, describe_model, describe_shards
 from clipattr.jobs.untrained import build_untrained
 from clipattr.jobs.world_attribution import compare_with_exact, measure_corrections, read_estimates
@@ -25,7 +26,9 @@ from clipattr.jobs.world_shortcuts import (
     measure_groups,
     pair_scores,
 )
+from clipattr.jobs.world_unexpected import Grade, grade_list, read_list
 from clipattr.jobs.world_zeroshot import zeroshot_accuracy
+from clipattr.semantics.atlas_files import load_atlas
 from clipattr.world.factors import Sticker
 from clipattr.world.prompts import ZEROSHOT, planted_failures
 from clipattr.world.sampling import Split
@@ -54,6 +57,8 @@ def evaluate_world(config: EvaluateWorld, command: list[str]) -> None:
 def _describe_inputs(config: EvaluateWorld) -> dict[str, object]:
     splits = (Split.test, Split.task_test, Split.task_pairs)
     weights = [Path(config.sae) / "sae.safetensors", Path(config.probe) / "probe.safetensors"]
+    if config.atlas is not None:
+        weights += [Path(config.atlas) / name for name in ("atlas.json", "unexpected.parquet")]
     return {
         "model": describe_model(config.model),
         "shards": [describe_shards(split_folder(config, split), "world") for split in splits],
@@ -79,6 +84,7 @@ def look_inside(config: EvaluateWorld, data: WorldData, folder: Path) -> Inside:
         untrained = build_untrained(spliced, x, k=n_active, seed=config.seed)
         control = measure_faithfulness(config, untrained, x, folder, nouns, predicted)
     estimates = read_estimates(spliced, x.to(nouns.device), nouns, predicted)
+    scorecard = _scorecard(config, data, prompts, reliance)
     return Inside(
         reconstruction=reconstruction,
         examples=examples,
@@ -86,7 +92,25 @@ def look_inside(config: EvaluateWorld, data: WorldData, folder: Path) -> Inside:
         control=control,
         corrections=measure_corrections(estimates, **draw),
         against_exact=compare_with_exact(estimates, **draw),
-        scorecard=_scorecard(config, data, prompts, reliance),
+        scorecard=scorecard,
+        unexpected=None if config.atlas is None else _grade(config, data, scorecard),
+    )
+
+
+def _grade(config: EvaluateWorld, data: WorldData, scorecard: list[ScorecardEntry]) -> Grade:
+    """The list of an atlas against the failures of the nouns, of which it is."""
+    assert config.atlas is not None, "or there is nothing to grade"
+    load_atlas(config.atlas, expected_sae=read_sha256(Path(config.sae), "sae"))
+    nouns = set(ZEROSHOT["shape"].prompts)
+    entries = [entry for entry in scorecard if entry.failure.prompt in nouns]
+    with torch.no_grad():
+        codes = data.spliced.sae.encode(data.test.x.to(data.frozen.clip.device))
+    return grade_list(
+        read_list(config.atlas),
+        [(entry.failure, entry.learned) for entry in entries],
+        activations=codes.to_dense().cpu(),
+        shows_factor=[data.test.where(entry.failure.shows_factor) for entry in entries],
+        shows_class=[data.test.where(entry.failure.shows_class) for entry in entries],
     )
 
 

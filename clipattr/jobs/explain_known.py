@@ -11,10 +11,10 @@ from torch import Tensor
 from clipattr.clip import Clip, Tower
 from clipattr.config.schema import Explain
 from clipattr.data import read_thumbnails
-from clipattr.errors import CheckpointError, DataError
+from clipattr.errors import DataError
+from clipattr.files import read_sha256
 from clipattr.jobs.patch_maps import map_reads, why_no_maps
 from clipattr.report.explanation import FiredBy, Known, Meaning
-from clipattr.runs import read_json
 from clipattr.semantics.atlas_files import Atlas, load_atlas
 from clipattr.spliced import Spliced
 
@@ -29,16 +29,7 @@ def load_meanings(config: Explain, clip: Clip) -> Atlas | None:
     if config.atlas is None:
         return None
     model = {"name": config.model.name, "weights_sha256": clip.weights_sha256}
-    atlas = load_atlas(config.atlas, expected_model=model)
-    record = read_json(Path(config.sae) / "sae.json") or {}
-    expected = record.get("tensors_sha256")
-    if atlas.origin.sae != expected:
-        raise CheckpointError(
-            f"atlas={config.atlas}: describes an SAE whose weights have the sha256 "
-            f"{atlas.origin.sae}; those of sae={config.sae} have {expected}. Give the atlas of this "
-            "SAE, or make it: evaluate.py configs/evaluate/atlas.yaml sae=FOLDER"
-        )
-    return atlas
+    return load_atlas(config.atlas, model, read_sha256(Path(config.sae), "sae"))
 
 
 def find_known(

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from clipattr.atomic import write_bytes, write_text
 from clipattr.clip import Clip, load_clip, text_head
-from clipattr.clip.templates import load_templates
+from clipattr.clip.templates import SLOT, load_templates
 from clipattr.config.schema import Find
 from clipattr.data.pixels import Pixels
 from clipattr.errors import CheckpointError, ConfigError, DataError
@@ -146,9 +146,18 @@ def _ask_words(config: Find, atlas: Atlas) -> list[Question]:
     rows = text_head(scorer, config.queries, templates=templates).weights.cpu()
     reference = vocabulary.weights.mean(dim=0).cpu()
     return [
-        Question(f'"{text}"', {"query": text, "templates": list(templates)}, row, reference)
+        Question(
+            _quote(text, templates), {"query": text, "templates": list(templates)}, row, reference
+        )
         for text, row in zip(config.queries, rows, strict=True)
     ]
+
+
+def _quote(text: str, templates: tuple[str, ...]) -> str:
+    """As the scorer read it."""
+    if len(templates) == 1:
+        return f'"{templates[0].replace(SLOT, text)}"'
+    return f'"{text}" in {len(templates)} prompts'
 
 
 def _load_scorer(config: Find, atlas: Atlas) -> Clip:

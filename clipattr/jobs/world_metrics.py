@@ -4,6 +4,7 @@ from clipattr.jobs.attribution_metrics import collect_faithfulness
 from clipattr.jobs.world_attribution import AgainstExact, Corrections
 from clipattr.jobs.world_results import Inside, Shortcuts
 from clipattr.jobs.world_scorecard import ScorecardEntry
+from clipattr.jobs.world_unexpected import Grade
 from clipattr.metrics.intervals import Interval
 from clipattr.world.factors import NOUNS
 
@@ -22,6 +23,7 @@ def collect_metrics(
         "splice": inside.reconstruction.splice,
         "zeroshot": {name: {"accuracy": value} for name, value in zeroshot.items()},
         "scorecard": {entry.failure.name: scorecard_metrics(entry) for entry in inside.scorecard},
+        **_unexpected_metrics(inside.unexpected),
         "shortcut": shortcut_metrics(shortcuts),
         "probe": _accuracies(shortcuts, "probe"),
         "text": _accuracies(shortcuts, "text"),
@@ -34,6 +36,33 @@ def _control_metrics(inside: Inside) -> dict[str, object]:
         return {}
     found = collect_faithfulness(*inside.control, NOUNS)
     return {"control": {name: found[name] for name in ("faithfulness", "logit_lens_unrestricted")}}
+
+
+def _unexpected_metrics(grade: Grade | None) -> dict[str, object]:
+    """How the list of an atlas does against the truth, if one was given."""
+    if grade is None:
+        return {}
+    failures = {
+        each.failure.name: {
+            "learned": each.learned,
+            "rank": each.rank,
+            "kind": each.kind,
+            "latents": each.latents.tolist(),
+        }
+        for each in grade.planted
+    }
+    return {
+        "unexpected": {
+            "precision": grade.precision,
+            "recall": grade.recall,
+            "kinds_learned": grade.kinds_learned,
+            "kinds_found": grade.kinds_found,
+            "graded": grade.n_graded,
+            "pairs": grade.n_listed,
+            "by_chance": grade.n_by_chance,
+            "failures": failures,
+        }
+    }
 
 
 def correction_metrics(corrections: Corrections) -> dict[str, object]:

@@ -24,9 +24,11 @@ from clipattr.jobs.world_tables import (
     correction_result,
     exact_result,
     method_results,
+    unexpected_result,
 )
 from clipattr.jobs.world_text import (
     describe_ratio,
+    describe_unexpected,
     list_facts,
     summarise,
 )
@@ -120,6 +122,7 @@ def write_page(
         how=describe_how(config.evaluation, inside),
         manifest=_describe_manifest(manifest),
         summary=summarise(metrics),
+        unexpected=unexpected_result(inside.unexpected),
     )
     return write_report(content, run.path / "report")
 
@@ -253,7 +256,7 @@ def print_scorecard(folder: Path) -> None:
     for cue, row in metrics["shortcut"].items():
         ratio = describe_ratio(row["amplification"])
         logger.info("amplification of the %-5s %s", f"{cue}:", ratio)
-    for line in summarise(metrics):
+    for line in [*summarise(metrics), *describe_unexpected(metrics)]:
         logger.info("%s", line)
     logger.info("")
     logger.info("the page: %s", (folder / "report" / "index.html").resolve())

@@ -11,6 +11,7 @@ from clipattr.callbacks import (
 from clipattr.jobs.world_attribution import AgainstExact, Corrections
 from clipattr.jobs.world_scorecard import ScorecardEntry
 from clipattr.jobs.world_shortcuts import CueEntry, GroupEntry, HeadQuality, PairScores
+from clipattr.jobs.world_unexpected import Grade
 
 
 class Faithfulness(NamedTuple):
@@ -31,6 +32,8 @@ class Inside(NamedTuple):
     corrections: Corrections
     against_exact: AgainstExact
     scorecard: list[ScorecardEntry]
+    unexpected: Grade | None
+    """of the list of an atlas"""
 
 
 class Shortcuts(NamedTuple):

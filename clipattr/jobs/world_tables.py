@@ -4,7 +4,16 @@ from clipattr.config.choices import Method
 from clipattr.jobs.world_attribution import AgainstExact, Corrections
 from clipattr.jobs.world_results import Faithfulness
 from clipattr.jobs.world_text import METHOD_LABELS, PART_LABELS, STEP_LABELS
-from clipattr.report import ClassRow, CorrectionResult, ExactResult, MethodResult, ScatterResult
+from clipattr.jobs.world_unexpected import Grade
+from clipattr.report import (
+    ClassRow,
+    CorrectionResult,
+    ExactResult,
+    MethodResult,
+    ScatterResult,
+    UnexpectedResult,
+    UnexpectedRow,
+)
 from clipattr.world.factors import NOUNS
 
 
@@ -34,6 +43,26 @@ def method_results(found: Faithfulness) -> list[MethodResult]:
             )
         )
     return rows
+
+
+def unexpected_result(grade: Grade | None) -> UnexpectedResult | None:
+    """The list of an atlas against the truth, if there is one."""
+    if grade is None:
+        return None
+    rows = [
+        UnexpectedRow(each.failure.title, each.failure.prompt, each.learned, each.rank, each.kind)
+        for each in grade.planted
+    ]
+    return UnexpectedResult(
+        rows=rows,
+        precision=grade.precision,
+        recall=grade.recall,
+        kinds_learned=grade.kinds_learned,
+        kinds_found=grade.kinds_found,
+        n_graded=grade.n_graded,
+        n_listed=grade.n_listed,
+        n_by_chance=grade.n_by_chance,
+    )
 
 
 def class_rows(found: Faithfulness) -> list[ClassRow]:

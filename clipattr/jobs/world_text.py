@@ -64,6 +64,19 @@ def _shortcut(tag: dict[str, Any], seal: dict[str, Any]) -> str:
     )
 
 
+def describe_unexpected(metrics: dict[str, Any]) -> list[str]:
+    """What of the truth is on the list of an atlas, if one was graded."""
+    found = metrics.get("unexpected")
+    if found is None:
+        return []
+    learned, early = len(found["kinds_learned"]), len(found["kinds_found"])
+    return [
+        f"Told nothing: {early} of the {learned} kinds of failure that the model learned are among "
+        f"the first {found['graded']} of {found['pairs']} unexpected pairs; chance finds "
+        f"{found['by_chance']:.1f}."
+    ]
+
+
 def describe_ratio(ratio: dict[str, Any]) -> str:
     """A ratio with its interval; null in metrics.json says that there is none."""
     if ratio["mean"] is None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clipattr.errors import DataError
 from clipattr.jobs.world_scorecard import latents_of
+from clipattr.runs import read_json
 from clipattr.world.prompts import Failure
 
 CARRIES_AUROC = 0.8
@@ -55,22 +56,34 @@ class Grade(NamedTuple):
     kinds_learned: list[str]
     kinds_found: list[str]
     """of the kinds that it learned those with a true pair among the first rows"""
+    n_graded: int
     n_listed: int
+    n_by_chance: float
+    """pairs that shuffled latents give"""
 
 
-def read_list(folder: str) -> list[Listed]:
-    """The list that the job atlas wrote."""
+class FoundList(NamedTuple):
+    """What the job atlas found."""
+
+    rows: list[Listed]
+    n_by_chance: float
+
+
+def read_list(folder: str) -> FoundList:
+    """The list and what chance finds, of the folder of an atlas."""
     path = Path(folder) / "unexpected.parquet"
-    if not path.is_file():
+    metrics = read_json(Path(folder) / "metrics.json")
+    if not path.is_file() or metrics is None:
         raise DataError(
             f"atlas={folder}: has no {path.name}; run evaluate.py configs/demo/atlas.yaml"
         )
     rows = parquet.read_table(path, columns=["class", "latent", "kind"]).to_pylist()
-    return [Listed(row["class"], row["latent"], row["kind"]) for row in rows]
+    listed = [Listed(row["class"], row["latent"], row["kind"]) for row in rows]
+    return FoundList(listed, metrics["atlas"]["unexpected"]["by_chance"])
 
 
 def grade_list(
-    listed: Sequence[Listed],
+    found: FoundList,
     failures: Sequence[tuple[Failure, bool]],
     *,
     activations: Float[Tensor, "image latent"],
@@ -78,6 +91,7 @@ def grade_list(
     shows_class: Sequence[Bool[Tensor, " image"]],
 ) -> Grade:
     """Of the failures with whether the model learned each, and their masks over the images."""
+    listed = found.rows
     planted = [
         _find(listed, failure, learned, activations[~of_class], has_factor[~of_class])
         for (failure, learned), has_factor, of_class in zip(
@@ -93,14 +107,16 @@ def grade_list(
     first = listed[:TOP]
     hits = sum((row.class_name, row.latent) in true for row in first)
     learned = [each for each in planted if each.learned]
-    found = [each for each in learned if each.rank is not None and each.rank <= TOP]
+    early = [each for each in learned if each.rank is not None and each.rank <= TOP]
     return Grade(
         planted=planted,
         precision=hits / len(first) if first else 0.0,
-        recall=len(found) / len(learned) if learned else 0.0,
+        recall=len(early) / len(learned) if learned else 0.0,
         kinds_learned=_kinds(learned),
-        kinds_found=_kinds(found),
+        kinds_found=_kinds(early),
+        n_graded=TOP,
         n_listed=len(listed),
+        n_by_chance=found.n_by_chance,
     )
 
 

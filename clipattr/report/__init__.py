@@ -15,6 +15,8 @@ from clipattr.report.content import (
     ReportContent,
     ScatterResult,
     ScorecardRow,
+    UnexpectedResult,
+    UnexpectedRow,
 )
 from clipattr.report.page import write_report
 
@@ -33,5 +35,7 @@ __all__ = [
     "ReportContent",
     "ScatterResult",
     "ScorecardRow",
+    "UnexpectedResult",
+    "UnexpectedRow",
     "write_report",
 ]

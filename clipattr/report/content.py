@@ -1,6 +1,7 @@
 """What the page shows, as plain values: no tensors, no paths. Pictures are bytes of PNG files."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from clipattr.metrics.intervals import Interval
 
@@ -31,6 +32,37 @@ class ScorecardRow:
     share_of_images: float
     share_positive: float
     examples: list[bytes]
+
+
+class UnexpectedRow(NamedTuple):
+    """One planted failure, and where the list of unexpected reliance has it first; None: nowhere.
+
+    `kind` is what the rules suggest there.
+    """
+
+    title: str
+    prompt: str
+    learned: bool
+    rank: int | None
+    kind: str
+
+
+@dataclass(frozen=True)
+class UnexpectedResult:
+    """The list of unexpected reliance, which was told nothing, against the truth.
+
+    `precision` and `recall` are of its first `n_graded` pairs; `n_by_chance` of `n_listed` are what
+    shuffled latents give.
+    """
+
+    rows: list[UnexpectedRow]
+    precision: float
+    recall: float
+    kinds_learned: list[str]
+    kinds_found: list[str]
+    n_graded: int
+    n_listed: int
+    n_by_chance: float
 
 
 @dataclass(frozen=True)
@@ -213,3 +245,4 @@ class ReportContent:
     how: list[HowRow]
     manifest: dict[str, str]
     summary: list[str]
+    unexpected: UnexpectedResult | None = None

@@ -27,7 +27,10 @@ Grid = list[list[float]]
 
 
 class FiredBy(NamedTuple):
-    """From where the class token read what made a latent fire; together the activation."""
+    """From where the class token read what made a latent fire.
+
+    Together its activation before the non-linearity, which is the activation of most kinds of SAE.
+    """
 
     patches: Grid
     other_tokens: float

@@ -63,6 +63,7 @@ def _environment() -> Environment:
         amplification_reading=readings.amplification_reading,
         largest_bar=readings.largest_bar,
         use_reading=readings.use_reading,
+        unexpected_reading=readings.unexpected_reading,
         method_style=drawing.method_style,
         curves_chart=charts.curves_chart,
         method_chart=charts.method_chart,

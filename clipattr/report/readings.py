@@ -8,7 +8,14 @@ from collections.abc import Sequence
 
 from clipattr.metrics.intervals import Interval
 from clipattr.report.claims import direction
-from clipattr.report.content import CueResult, Explained, GroupRow, MethodResult, ScorecardRow
+from clipattr.report.content import (
+    CueResult,
+    Explained,
+    GroupRow,
+    MethodResult,
+    ScorecardRow,
+    UnexpectedResult,
+)
 
 REFERENCE_METHOD = "exact"
 _LOWER_IS_BETTER = {
@@ -98,3 +105,19 @@ def use_reading(row: ScorecardRow) -> str:
     found = direction(row.mean_attribution)
     verb = {1: "raises", 0: "neither clearly raises nor lowers", -1: "lowers"}[found]
     return f"On average over all images the latent {verb} the prompt's score."
+
+
+def unexpected_reading(found: UnexpectedResult) -> str:
+    """What of the truth is among the first pairs, and what chance finds."""
+    kinds = "The model learned no planted failure, so that none can be found."
+    if found.kinds_learned:
+        kinds = (
+            f"{len(found.kinds_found)} of the {len(found.kinds_learned)} kinds of failure that the "
+            f"model learned are among the first {found.n_graded} pairs (recall "
+            f"{100 * found.recall:.0f} % of the learned failures, precision "
+            f"{100 * found.precision:.0f} %)."
+        )
+    return (
+        f"{kinds} The list has {found.n_listed} pairs; of shuffled latents "
+        f"{found.n_by_chance:.1f} would be as strong."
+    )

@@ -79,12 +79,23 @@ def save_atlas(atlas: Atlas, folder: Path | str) -> None:
     save_weights(Path(folder), STEM, tensors, asdict(atlas.origin))
 
 
-def load_atlas(folder: Path | str, expected_model: Mapping[str, str] | None = None) -> Atlas:
-    """Read them onto the CPU; anything missing, unexpected or of another model is refused."""
+def load_atlas(
+    folder: Path | str,
+    expected_model: Mapping[str, str] | None = None,
+    expected_sae: str | None = None,
+) -> Atlas:
+    """Read them onto the CPU; anything missing, unexpected or of other weights is refused.
+
+    `expected_sae` is the sha256 of the SAE's weights: `clipattr.files.read_sha256(folder, "sae")`.
+    """
     folder = Path(folder)
     tensors, found = load_weights(folder, STEM, {SCHEMA_VERSION: frozenset(_FIELDS)})
     if expected_model is not None:
         check_model(folder / f"{STEM}.json", found["model"], expected_model)
+    if expected_sae is not None:
+        check_field(
+            folder / f"{STEM}.json", "sha256 of its SAE's weights", found["sae"], expected_sae
+        )
     origin = AtlasOrigin(**{name: found[name] for name in _FIELDS})
     _check(folder / f"{STEM}.safetensors", tensors, origin)
     return Atlas(AtlasTensors(**tensors), origin)

@@ -64,12 +64,14 @@ def find_latents(
 def likeness(
     means: Float[Tensor, "latent embed"], query: Float[Tensor, " embed"]
 ) -> Float[Tensor, " latent"]:
-    """cos(x_tilde_j - m, q - m), m the mean of the means: 0 for a latent like any other.
+    """cos(u_j - m, q - m): u_j the unit x_tilde_j, q of unit length, m the mean of all u_j.
 
-    Embeddings of images lie in a narrow cone: without m all cosines are high, and it is the
-    distance of x_tilde_j from the middle of the cone that ranks. Reference: Liang et al. 2022, Mind
-    the gap.
+    0 is a latent like any other. Embeddings of images lie in a narrow cone: without m all cosines
+    are high, and how near x_tilde_j is to the middle of the cone has a say. Unit vectors first,
+    since the length of x_tilde_j is how much its images are alike, not what they show.
+    Reference: Liang et al. 2022, Mind the gap.
     """
+    units = normalize(means, dim=1)
     # Over latents that fired alone: the rows of the others are nan.
-    middle = means.nanmean(dim=0)
-    return normalize(means - middle, dim=1) @ normalize(query - middle, dim=0)
+    middle = units.nanmean(dim=0)
+    return normalize(units - middle, dim=1) @ normalize(normalize(query, dim=0) - middle, dim=0)
