@@ -100,10 +100,16 @@ def test_tables_have_a_row_per_latent_and_per_pair(job: AtlasJob, site: str) -> 
     for name in ("clarity", "monosemanticity", "polysemanticity", "class_entropy", "map_x"):
         assert any(value is not None for value in table[name]), name
     pairs = parquet.read_table(folder / "unexpected.parquet").to_pydict()
-    assert pairs["rank"] == list(range(1, len(pairs["rank"]) + 1))
+    ranks = [rank for rank in pairs["rank"] if rank is not None]
+    assert ranks == list(range(1, len(set(pairs["latent"])) + 1))
+    seen: set[int] = set()
+    for rank, latent in zip(pairs["rank"], pairs["latent"], strict=True):
+        assert (rank is None) == (latent in seen)
+        seen.add(latent)
     assert pairs["evidence"] == sorted(pairs["evidence"], reverse=True)
     metrics = json.loads((folder / "metrics.json").read_text())["atlas"]
     assert metrics["unexpected"]["pairs"] == len(pairs["rank"])
+    assert metrics["unexpected"]["latents"] == len(ranks)
     assert metrics["images"] == N_IMAGES
 
 

@@ -127,14 +127,14 @@ def test_metrics_keep_the_contract(demo):
 def test_the_list_of_the_atlas_is_graded(demo):
     found = demo.read("evaluation", "metrics.json")["unexpected"]
     atlas = demo.read("atlas", "metrics.json")["atlas"]["unexpected"]
-    assert (found["pairs"], found["by_chance"]) == (atlas["pairs"], atlas["by_chance"])
+    assert (found["listed"], found["by_chance"]) == (atlas["latents"], atlas["by_chance"])
     # Of the eleven planted failures the two of the stickers are about no noun.
     assert len(found["failures"]) == 9
     assert set(found["kinds_found"]) <= set(found["kinds_learned"])
     assert 0 <= found["precision"] <= 1
     assert 0 <= found["recall"] <= 1
     page = (demo.runs / "demo" / "evaluation" / "report" / "index.html").read_text()
-    assert f"Rank of {found['pairs']}" in page
+    assert f"Rank of {found['listed']}" in page
 
 
 def test_an_atlas_of_another_sae_is_refused(demo, capsys):

@@ -17,6 +17,7 @@ from clipattr.semantics.unexpected import (
     evidence_threshold,
     find_candidates,
     find_parts,
+    first_of_each_latent,
     judge,
     speaking_for,
 )
@@ -154,6 +155,24 @@ def test_a_latent_without_examples_is_not_unexpected() -> None:
     meanings.examples[1], meanings.labels[1] = -1, -1
     meanings.label_scores[1] = torch.nan
     assert judge(candidates([(0, 1)]), meanings).is_unexpected.tolist() == [False]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_latent_counts_once_by_its_strongest_pair(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randint(0, 12, (40,), generator=generator)
+    evidence = drawn(40, seed=seed).abs().round(decimals=1)  # with ties
+    found = first_of_each_latent(latents, evidence)
+    expected = set()
+    for latent in set(latents.tolist()):
+        rows = [row for row in range(40) if int(latents[row]) == latent]
+        expected.add(max(rows, key=lambda row: (float(evidence[row]), -row)))
+    assert set(found.nonzero().flatten().tolist()) == expected
+
+
+def test_no_pair_has_no_first() -> None:
+    nothing = torch.zeros(0)
+    assert first_of_each_latent(nothing.long(), nothing.double()).shape == (0,)
 
 
 def plain_threshold(found: list[float], chance: list[list[float]], level: float) -> float:

@@ -188,9 +188,9 @@ def _collect(found: Found, semantics: Semantics, unexpected: Unexpected) -> dict
         "monosemanticity": mean(found.latents.monosemanticity.cpu()),
         "redundancy": mean(semantics.nearest_cosine),
         "unexpected": {
-            "pairs": threshold.n_found,
+            "latents": threshold.n_found,
+            "pairs": len(unexpected.pairs),
             "classes": len({pair.class_number for pair in unexpected.pairs}),
-            "latents": len({pair.latent for pair in unexpected.pairs}),
             "by_chance": threshold.n_by_chance,
             "false_discovery_rate": threshold.false_discovery_rate,
             "evidence_threshold": threshold.evidence if threshold.n_found else None,
@@ -203,7 +203,7 @@ def _log(unexpected: Unexpected, scored: Scored) -> None:
     threshold, texts = unexpected.threshold, scored.texts
     logger.info("")
     logger.info(
-        "%d unexpected pairs of a class and a latent; chance finds %.1f as strong (%.1f %%)",
+        "%d latents drive a class that they do not mean; chance finds %.1f as strong (%.1f %%)",
         threshold.n_found,
         threshold.n_by_chance,
         100 * threshold.false_discovery_rate,
@@ -211,11 +211,11 @@ def _log(unexpected: Unexpected, scored: Scored) -> None:
     logger.info(
         "%4s  %-20s %7s  %9s %9s  %s", "rank", "class", "latent", "evidence", "alignment", "why"
     )
-    for rank, pair in enumerate(unexpected.pairs[:_LISTED], start=1):
+    for pair in unexpected.listed[:_LISTED]:
         why = pair.suggestions[0]
         logger.info(
             "%4d  %-20s %7d  %9.3f %+9.3f  %s: %s",
-            rank,
+            pair.rank,
             texts.names[pair.class_number],
             pair.latent,
             pair.evidence,

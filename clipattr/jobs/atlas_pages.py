@@ -114,7 +114,11 @@ class _Pages:
                 Fact("latents", f"{len(self.mean.T):,}", f"{n_fire:,} fire on these images"),
                 Fact("classes", f"{len(texts.names):,}", "whose scores are attributed"),
                 Fact("words", f"{len(texts.words):,}", "among which labels are chosen"),
-                Fact("unexpected pairs", f"{len(self.known):,}", "of a class and a latent"),
+                Fact(
+                    "unexpected",
+                    f"{len(self.unexpected.listed):,}",
+                    f"latents, in {len(self.known):,} pairs with a class",
+                ),
             ],
             columns=[
                 Column(name, *_COLUMNS[name], name == "nearest_latent") for name in self.numbers
@@ -123,7 +127,7 @@ class _Pages:
             score_name="logit" if config.probe is not None else "cosine with the prompt",
             unexpected=[
                 UnexpectedEntry(pair.class_number, self._pair(pair.class_number, pair.latent))
-                for pair in self.unexpected.pairs
+                for pair in self.unexpected.listed
             ],
             points=self._points(),
             manifest={
@@ -145,11 +149,12 @@ class _Pages:
         )
         ranking = (
             "Evidence is the share of the class's positive attribution that comes from the latent, "
-            "times how much more it does for this class than for others, in standard deviations."
+            "times how much more it does for this class than for others, in standard deviations. "
+            "Similar classes share latents, so the list has each latent once, for its strongest class."
         )
         null = (
             "With the names of the latents shuffled in every image the same steps find "
-            f"{threshold.n_by_chance:.1f} pairs at least as strong, for {threshold.n_found} with "
+            f"{threshold.n_by_chance:.1f} latents at least as strong, for {threshold.n_found} with "
             f"their true names ({threshold.false_discovery_rate:.1%}; the limit is "
             f"{settings.level:.0%}). What kind a pair is of, rules suggest; look at the pictures."
         )

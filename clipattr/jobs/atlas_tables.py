@@ -70,7 +70,7 @@ def pair_columns(unexpected: Unexpected, scored: Scored, semantics: Semantics) -
     pairs, texts = unexpected.pairs, scored.texts
     best = semantics.labels[:, 0].tolist()
     return {
-        "rank": list(range(1, len(pairs) + 1)),
+        "rank": [pair.rank for pair in pairs],
         "class": [texts.names[pair.class_number] for pair in pairs],
         "latent": [pair.latent for pair in pairs],
         "label": [texts.words[best[pair.latent]] for pair in pairs],

@@ -23,14 +23,17 @@ from clipattr.semantics.unexpected import (
     evidence_threshold,
     find_candidates,
     find_parts,
+    first_of_each_latent,
     judge,
     speaking_for,
 )
 
 
 class Pair(NamedTuple):
-    """A row of the list."""
+    """A class that relies on a latent that means something else."""
 
+    rank: int | None
+    """place of the latent on the list; None: another class is listed for it"""
     class_number: int
     latent: int
     attribution: float
@@ -48,14 +51,21 @@ class Pair(NamedTuple):
 
 
 class Unexpected(NamedTuple):
-    """The list, strongest first, and what it stands on."""
+    """Pairs, strongest first, and what they stand on."""
 
     pairs: list[Pair]
     threshold: Threshold
+    """of the latents, each by its strongest pair"""
     n_candidates: int
+    """unexpected pairs of any evidence"""
     alignment: Float[Tensor, "latent class"]
     counterparts: Int[Tensor, " class"]
     """the latent that means each class and drives it most; -1: none"""
+
+    @property
+    def listed(self) -> list[Pair]:
+        """The ranked list: each latent once."""
+        return [pair for pair in self.pairs if pair.rank is not None]
 
 
 def find_unexpected(
@@ -80,7 +90,8 @@ def find_unexpected(
         _evidence_by_chance(chance, speaks_for, meanings, texts.empty) for chance in found.chance
     ]
     unexpected = verdict.is_unexpected
-    threshold = evidence_threshold(candidates.evidence[unexpected], by_chance, level=level)
+    strongest = _strongest(candidates.select(unexpected))
+    threshold = evidence_threshold(strongest, by_chance, level=level)
     kept = unexpected & (candidates.evidence >= threshold.evidence)
     order = kept.nonzero().flatten()
     order = order[candidates.evidence[order].argsort(descending=True, stable=True)]
@@ -102,7 +113,13 @@ def _evidence_by_chance(
         examples=chance.examples, labels=labels.labels, label_scores=labels.scores
     )
     candidates = find_candidates(chance.mean_attribution, speaks_for)
-    return candidates.evidence[judge(candidates, shuffled).is_unexpected]
+    return _strongest(candidates.select(judge(candidates, shuffled).is_unexpected))
+
+
+def _strongest(candidates: Candidates) -> Tensor:
+    """Evidence of each latent: that of its strongest pair."""
+    evidence = candidates.evidence
+    return evidence[first_of_each_latent(candidates.latents, evidence)]
 
 
 def _find_counterparts(
@@ -175,11 +192,14 @@ class _Describer:
         written = self.written_sigmas(candidates, meanings).tolist()
         reliance, strength = self.found.reliance, candidates.evidence
         share = reliance.share_of_images.expand_as(reliance.mean_attribution)
+        is_first = first_of_each_latent(candidates.latents, strength)
+        ranks = is_first.cumsum(0).tolist()
         for row, (number, latent) in enumerate(
             zip(candidates.classes.tolist(), candidates.latents.tolist(), strict=True)
         ):
             evidence = self.evidence(number, latent, int(verdict.part[row]), written[row])
             yield Pair(
+                rank=ranks[row] if is_first[row] else None,
                 class_number=number,
                 latent=latent,
                 attribution=float(candidates.attribution[row]),

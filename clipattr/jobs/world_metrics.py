@@ -58,7 +58,7 @@ def _unexpected_metrics(grade: Grade | None) -> dict[str, object]:
             "kinds_learned": grade.kinds_learned,
             "kinds_found": grade.kinds_found,
             "graded": grade.n_graded,
-            "pairs": grade.n_listed,
+            "listed": grade.n_listed,
             "by_chance": grade.n_by_chance,
             "failures": failures,
         }

@@ -77,8 +77,10 @@ def read_list(folder: str) -> FoundList:
         raise DataError(
             f"atlas={folder}: has no {path.name}; run evaluate.py configs/demo/atlas.yaml"
         )
-    rows = parquet.read_table(path, columns=["class", "latent", "kind"]).to_pylist()
-    listed = [Listed(row["class"], row["latent"], row["kind"]) for row in rows]
+    rows = parquet.read_table(path, columns=["rank", "class", "latent", "kind"]).to_pylist()
+    listed = [
+        Listed(row["class"], row["latent"], row["kind"]) for row in rows if row["rank"] is not None
+    ]
     return FoundList(listed, metrics["atlas"]["unexpected"]["by_chance"])
 
 

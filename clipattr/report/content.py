@@ -51,7 +51,7 @@ class UnexpectedRow(NamedTuple):
 class UnexpectedResult:
     """The list of unexpected reliance, which was told nothing, against the truth.
 
-    `precision` and `recall` are of its first `n_graded` pairs; `n_by_chance` of `n_listed` are what
+    `precision` and `recall` are of its first `n_graded` rows; `n_by_chance` of `n_listed` are what
     shuffled latents give.
     """
 

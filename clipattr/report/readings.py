@@ -108,16 +108,16 @@ def use_reading(row: ScorecardRow) -> str:
 
 
 def unexpected_reading(found: UnexpectedResult) -> str:
-    """What of the truth is among the first pairs, and what chance finds."""
+    """What of the truth is among the first latents, and what chance finds."""
     kinds = "The model learned no planted failure, so that none can be found."
     if found.kinds_learned:
         kinds = (
             f"{len(found.kinds_found)} of the {len(found.kinds_learned)} kinds of failure that the "
-            f"model learned are among the first {found.n_graded} pairs (recall "
+            f"model learned are among the first {found.n_graded} latents (recall "
             f"{100 * found.recall:.0f} % of the learned failures, precision "
             f"{100 * found.precision:.0f} %)."
         )
     return (
-        f"{kinds} The list has {found.n_listed} pairs; of shuffled latents "
+        f"{kinds} The list has {found.n_listed} latents; of shuffled ones "
         f"{found.n_by_chance:.1f} would be as strong."
     )

@@ -10,8 +10,9 @@ most, R_cj >= half of its largest. A candidate is unexpected where the latent's 
 another word than to the class, by `SIGMAS` standard errors over those images, or where a part of
 the class's name is among its labels.
 
-How many of them chance finds is counted on shuffled latents (`clipattr.semantics.permutation`);
-`evidence_threshold` keeps those above which it finds few.
+Similar classes share latents, so each latent counts once, by its strongest pair
+(`first_of_each_latent`). How many of them chance finds is counted on shuffled latents
+(`clipattr.semantics.permutation`); `evidence_threshold` keeps those above which it finds few.
 """
 
 from collections.abc import Sequence
@@ -116,6 +117,20 @@ def _candidates_among(
     attribution = block[classes, latents]
     share = attribution / speaks_for[classes]
     return Candidates(classes, latents + first, attribution, share, specificity[classes, latents])
+
+
+def first_of_each_latent(
+    latents: Int[Tensor, " pair"], evidence: Float64[Tensor, " pair"]
+) -> Bool[Tensor, " pair"]:
+    """Which pairs are the strongest of their latent; of equal ones the first."""
+    order = evidence.argsort(descending=True, stable=True)
+    _, group = latents[order].unique(return_inverse=True)
+    first = torch.full((int(group.max()) + 1 if len(group) else 0,), len(order))
+    places = torch.arange(len(order))
+    first = first.to(order.device).scatter_reduce(0, group, places.to(order.device), "amin")
+    is_first = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+    is_first[order[first]] = True
+    return is_first
 
 
 def find_parts(class_names: Sequence[str], words: Sequence[str]) -> Bool[Tensor, "class word"]:
