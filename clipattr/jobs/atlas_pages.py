@@ -150,7 +150,7 @@ class _Pages:
         ranking = (
             "Evidence is the share of the class's positive attribution that comes from the latent, "
             "times how much more it does for this class than for others, in standard deviations. "
-            "Similar classes share latents, so the list has each latent once, for its strongest class."
+            "Similar classes share latents: the list has each latent once, for its strongest class."
         )
         null = (
             "With the names of the latents shuffled in every image the same steps find "

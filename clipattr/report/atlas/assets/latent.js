@@ -69,10 +69,13 @@
     return section;
   };
 
+  const heatNote = (entry) => (entry.top.some((example) => example[2])
+    ? " Coloured: the patches on which it fires, or, of a class token, those that made it fire; each image on its own scale." : "");
+
   const article = (latent, entry, isPair) => atlas.element("article", null,
     atlas.element(isPair ? "h2" : "h1", { class: "latent-title" }, ...titleOf(latent, entry, isPair)),
     entry.dead ? atlas.element("p", { class: "verdict" }, "This latent is dead: it never fired.") : null,
-    gallery("Strongest examples", "The images on which the latent is largest, with its activation.", entry.top),
+    gallery("Strongest examples", `The images on which the latent is largest, with its activation.${heatNote(entry)}`, entry.top),
     gallery("Across its range", "Images at quantiles of its activation, largest first: what it does when it is not at its strongest.", entry.spread),
     labels(entry), reliance(entry), numbers(latent, entry));
 
