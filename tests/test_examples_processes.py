@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor, distributed
 from torch.multiprocessing.spawn import spawn
@@ -79,7 +78,6 @@ def test_one_process_equals_argsort():
     check(find_examples(torch.arange(N_IMAGES)))
 
 
-@pytest.mark.slow
 def test_two_processes_equal_argsort(tmp_path: Path):
     spawn(run_process, args=(str(tmp_path),), nprocs=N_PROCESSES)
     for rank in range(N_PROCESSES):
