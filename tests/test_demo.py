@@ -204,6 +204,19 @@ def test_without_a_control_the_page_says_so(demo):
     assert "Attribution patching and logit lens were not compared in this run." in page
 
 
+def test_ranks_that_are_not_defined_are_said_to_be(demo, caplog):
+    """With two active latents in an image a rank correlation is undefined in every one."""
+    caplog.set_level("INFO")
+    assert demo.run("sae", "name=demo/two", "sae.k=2") == 0
+    options = (f"sae={demo.runs}/demo/two", "name=demo/undefined", "evaluation.overlap_top=1")
+    assert demo.run("evaluate", *options, "atlas=null") == 0
+    table = demo.read("undefined", "metrics.json")["faithfulness"]
+    assert table["logit_lens"]["spearman_exact"]["mean"] is None
+    assert "is not defined for the ranking of attribution patching" in caplog.text
+    page = (demo.runs / "demo" / "undefined" / "report" / "index.html").read_text()
+    assert "Order: attribution patching minus logit lens is not defined in this run." in page
+
+
 def test_second_run_is_skipped(demo, caplog, monkeypatch):
     caplog.set_level("INFO")
     monkeypatch.setattr("clipattr.jobs.train_sae.load_frozen", None)

@@ -37,6 +37,21 @@ def test_correlation_of_all_pairs_is_that_of_scipy():
     assert same == pytest.approx((0, 0, 0), abs=1e-12)
 
 
+def test_without_a_correlation_there_is_no_number():
+    one, other, truth, mask = case()
+    nothing = torch.zeros_like(mask)
+    for estimate, chosen in ((one, nothing), (torch.ones_like(one), mask)):
+        assert np.isnan(pooled_pearson(estimate, truth, chosen, **options())).all()
+        assert np.isnan(
+            pooled_pearson_difference(estimate, other, truth, chosen, **options())
+        ).all()
+    # Slots of one image alone: many resamples have none of them.
+    nothing[3] = True
+    found = pooled_pearson(one, truth, nothing, **options())
+    assert found.mean == pytest.approx(pearsonr(one[3], truth[3])[0])
+    assert np.isnan(found[1:]).all()
+
+
 def test_interval_is_that_of_a_plain_bootstrap_over_images():
     _, other, truth, mask = case()
     found = pooled_pearson(other, truth, mask, **options(4000))

@@ -138,6 +138,18 @@ def test_every_number_is_on_the_page(tmp_path):
     assert all(attrs["alt"] for attrs in pictures)
 
 
+def test_a_small_interval_is_not_rounded_onto_zero(tmp_path):
+    content = full_content()
+    small = Interval(-0.0004, -0.0006, -0.0002)
+    exact = dataclasses.replace(content.methods[0], minus_logit_lens=dict.fromkeys(COLUMNS, small))
+    cue = dataclasses.replace(content.cues[0], amplification=Interval(1.5, 1.003, 2.0))
+    changed = dataclasses.replace(content, methods=[exact, *content.methods[1:]], cues=[cue])
+    text = Page(written(changed, tmp_path)).text
+    minus = "\N{MINUS SIGN}"
+    assert text.count(f"{minus}0.0004 [{minus}0.0006, {minus}0.0002]") == len(COLUMNS)
+    assert "amplification [1.003, 2.000]" in text
+
+
 def with_every_text(value: object, text: str) -> object:
     """The same content with every string replaced, whatever dataclass it sits in."""
     if isinstance(value, str):

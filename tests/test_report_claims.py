@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import random
 import re
 
 import pytest
@@ -44,11 +45,42 @@ def test_method_claim_falls_either_way(column):
     assert not any(word in said for word in negative)
     said = claims.method_claim(compared(worse), column)
     assert any(word in said for word in negative)
-    for unclear in (AROUND, UNDEFINED):
-        said = claims.method_claim(compared(unclear), column)
-        assert "no difference between attribution patching and logit lens is shown" in said
-        assert not any(word in said for word in (*positive, *negative))
+    said = claims.method_claim(compared(AROUND), column)
+    assert "no difference between attribution patching and logit lens is shown" in said
+    assert not any(word in said for word in (*positive, *negative))
+    for unknown in (UNDEFINED, Interval(0.2, math.nan, math.nan)):
+        said = claims.method_claim(compared(unknown), column)
+        assert said.endswith(" not defined in this run.")
+        assert not any(word in said for word in (*positive, *negative, "no difference", "["))
     assert "+0.200 [\N{MINUS SIGN}0.100, 0.300]" in claims.method_claim(compared(AROUND), column)
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        ("deletion_auc", "slowly than logit lens over 4 deleted latents (+0.2"),
+        ("insertion_auc", "faster than logit lens over 3 inserted latents (+0.2"),
+        ("global_deletion", "slowly than logit lens over 4 deleted latents (+0.2"),
+        ("overlap_exact", "finds more of the true ones than logit lens (+0.2"),
+    ],
+)
+def test_areas_say_over_how_many_latents(column, words):
+    assert words in claims.method_claim(compared(ABOVE), column)
+
+
+@pytest.mark.parametrize("column", ["spearman_exact", "pearson_exact"])
+def test_less_agreement_is_with_exact_patching(column):
+    said = claims.method_claim(compared(BELOW), column)
+    assert "attribution patching agrees less with exact patching than logit lens (" in said
+
+
+def test_digits_show_on_which_side_of_zero_an_interval_lies():
+    said = claims.method_claim(compared(Interval(-0.0004, -0.0006, -0.0002)), "deletion_auc")
+    minus = "\N{MINUS SIGN}"
+    assert f"faster than logit lens over 4 deleted latents ({minus}0.0004 [" in said
+    assert f"[{minus}0.0006, {minus}0.0002])" in said
+    found = claims.described(Interval(0.0004, -0.0002, 0.0006))
+    assert found == "0.000 [0.000, 0.001]"
 
 
 def test_without_attribution_patching_nothing_is_claimed():
@@ -66,6 +98,9 @@ def test_control_claim_speaks_of_each_dictionary(column):
             said = claims.control_claim(compared(trained), compared(untrained), column)
             assert f"patching {first} logit lens with the trained" in said
             assert f"and {second} it with the untrained" in said
+    said = claims.control_claim(compared(better), compared(UNDEFINED), column)
+    assert "cannot be compared with it with the untrained one (not defined in this run)" in said
+    assert "not clearly" not in said
 
 
 def test_class_claim_is_a_count():
@@ -76,6 +111,8 @@ def test_class_claim_is_a_count():
     assert "agrees more with exact patching than logit lens in 2 of 3" in said
     assert "in 1 of 2" in claims.class_claim([first, second], "deletion_auc")
     assert "without intervals" in said
+    said = claims.class_claim([undefined], "spearman_exact")
+    assert said.endswith("minus logit lens is not defined in this run.")
 
 
 @pytest.mark.parametrize(
@@ -85,6 +122,11 @@ def test_gain_claim_follows_the_interval(gain, words):
     corrections = full_content().corrections
     assert corrections is not None
     assert words in claims.gain_claim(dataclasses.replace(corrections, gain=gain))
+    undefined = dataclasses.replace(
+        corrections, gain=UNDEFINED, sizes=dict.fromkeys(corrections.sizes, UNDEFINED)
+    )
+    for claim in (claims.gain_claim, claims.size_claim):
+        assert claim(undefined).endswith(" is not defined in this run.")
     assert "along the embedding 91.4\N{NO-BREAK SPACE}%" in claims.size_claim(corrections)
 
 
@@ -98,16 +140,23 @@ def test_exact_claim_follows_the_interval(difference, words):
     said = claims.exact_claim(dataclasses.replace(result, difference=difference))
     assert words in said
     assert "Over all 1,234 pairs One (0.800) and Two (0.600)" in said
+    said = claims.exact_claim(dataclasses.replace(result, difference=UNDEFINED))
+    assert "cannot be compared: their difference is not defined in this run." in said
 
 
 def test_rank_claim_counts_learned_effects_alone():
     good, not_learned = full_content().scorecard
     far = dataclasses.replace(good, rank_attribution=400, mean_attribution=BELOW)
     said = claims.rank_claim([good, far, not_learned])
-    assert "Of the 2 latents of learned effects, attribution patching has 1" in said
-    assert "logit lens 0" in said
-    assert "Of these latents 1 lower the prompt's score" in said
-    assert "lower" not in claims.rank_claim([good, not_learned])
+    assert "Of the 1 latents of learned effects that do not lower the prompt's score" in said
+    assert "attribution patching has 1 among its first 10, logit lens 0." in said
+    assert said.endswith("Another 1 lower it on average, and belong near the end.")
+    # A latent that lowers the score is no hit, however early a method has it.
+    early = dataclasses.replace(far, rank_logit_lens=1)
+    assert "logit lens 0." in claims.rank_claim([good, early])
+    said = claims.rank_claim([good, not_learned])
+    assert said.startswith("Of the 1 latents of learned effects, attribution patching has 1")
+    assert "lower" not in said
     assert claims.rank_claim([not_learned]).startswith("None of the planted effects")
 
 
@@ -142,15 +191,19 @@ def test_scatter_draws_every_pair_where_it_is():
     result = full_content().against_exact
     assert result is not None
     exact, estimate = [0.0, 0.1, 0.3, 0.1], [0.05, 0.2, -0.1, 0.2]
-    # So many that matplotlib would simplify a path.
-    exact += [0.001 * number for number in range(200)]
-    estimate += [0.1 + 0.0001 * number for number in range(200)]
+    # So many that matplotlib would simplify a path, and as many as the page has.
+    draw = random.Random(0)
+    exact += [draw.uniform(-0.2, 0.3) for _ in range(746)]
+    estimate += [draw.uniform(-0.2, 0.3) for _ in range(746)]
     scatter = ScatterResult("attribution_patching", "One", exact, estimate, ABOVE)
     svg = scatter_chart(dataclasses.replace(result, scatters=[scatter]), 0)
     path = re.search(r'd="([^"]*)"[^>]*opacity: 0.7[^>]*stroke: var\(--attribution-patching\)', svg)
     assert path is not None
-    dots = [(float(x), float(y)) for x, y in re.findall(r"M ([\d.]+) ([\d.]+)", path.group(1))]
-    assert len(dots) == len(exact)
+    # What is drawn of a dot is the line without length: a place that is only gone to has no ink.
+    dots = read_points(path.group(1))[::2]
+    assert len(dots) == len(exact) == 750
+    lines = [f"M {x:.2f} {y:.2f} L {x:.2f} {y:.2f}" for x, y in dots]
+    assert path.group(1).split() == " ".join(lines).split()
     for axis, values in enumerate((exact, estimate)):
         unit = (dots[2][axis] - dots[0][axis]) / (values[2] - values[0])
         for dot, value in zip(dots, values, strict=True):
@@ -162,3 +215,14 @@ def test_rank_chart_mutes_what_was_not_learned():
     assert "var(--logit-lens)" in rank_chart([learned])
     assert "var(--logit-lens)" not in rank_chart([not_learned])
     assert "Place *" in rank_chart([not_learned])
+    assert "(lowers)" not in rank_chart([learned, not_learned])
+    lowering = dataclasses.replace(learned, mean_attribution=BELOW)
+    assert "Two (lowers)" in rank_chart([lowering])
+
+
+@pytest.mark.parametrize("value", [math.nan, 0.2])
+def test_scatter_of_equal_or_undefined_estimates_is_drawn(value):
+    result = full_content().against_exact
+    assert result is not None
+    scatter = ScatterResult("exact", "One", [0.2, 0.2], [value, value], UNDEFINED)
+    assert "nan" not in scatter_chart(dataclasses.replace(result, scatters=[scatter]), 0)

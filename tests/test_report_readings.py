@@ -48,6 +48,32 @@ def test_verdict_follows_the_ranks():
     tally = readings.tally([row, other, other, equal, missing])
     assert tally.startswith("The model learned 4 of 5 planted effects.")
     assert "better in 1, logit lens in 2, and both equally in 1." in tally
+    assert "lowers" not in tally
+
+
+def test_a_latent_that_lowers_the_score_belongs_near_the_end():
+    raising = ScorecardRow(
+        *("a", "b", "c", "d", "e", 41, 0.9, 2, 17, 512, True), interval(0.2), 0.3, 0.9, []
+    )
+    lowering = dataclasses.replace(
+        raising, rank_attribution=505, rank_logit_lens=318, mean_attribution=interval(-0.2)
+    )
+    assert readings.verdict(lowering) == (
+        "A latent that lowers the score belongs near the end: attribution patching has it at "
+        "rank 505, logit lens at 318 of 512."
+    )
+    tally = readings.tally([raising, lowering, lowering])
+    assert "the 2 whose" not in tally
+    assert "Among the 1 whose latent does not lower the score" in tally
+    assert "better in 1, logit lens in 0, and both equally in 0." in tally
+    assert "In 2 the responsible latent lowers the prompt's score" in tally
+    assert tally.endswith("attribution patching has it nearer to it in 2, logit lens in 0.")
+    alone = readings.tally([dataclasses.replace(lowering, rank_logit_lens=511)])
+    assert "Among" not in alone
+    assert alone.endswith("nearer to it in 0, logit lens in 1.")
+    unknown = dataclasses.replace(raising, mean_attribution=NAN_INTERVAL)
+    assert readings.use_reading(unknown).endswith("score is not defined in this run.")
+    assert readings.verdict(unknown).startswith("Attribution patching ranks")
 
 
 def test_best_methods_leave_the_reference_out_and_share_ties():
@@ -108,3 +134,19 @@ def test_formatting_of_edges():
     assert formatting.log_position(1, 1) == 0
     assert formatting.bar_length(-0.2, 0.4) == -25
     assert formatting.bar_length(0.0, 0.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("found", "reference", "digits"),
+    [
+        (Interval(-0.0004, -0.0006, -0.0002), 0.0, 4),
+        (Interval(-0.0006, -0.0008, -0.00002), 0.0, 5),
+        (Interval(0.0, -0.0002, 0.0002), 0.0, 3),  # nothing is claimed of it
+        (Interval(0.2, 0.1, 0.3), 0.0, 3),
+        (Interval(0.2, 0.0, 0.3), 0.0, 3),
+        (Interval(1.5, 1.0004, 2.0), 1.0, 4),
+        (NAN_INTERVAL, 0.0, 3),
+    ],
+)
+def test_digits_keep_an_interval_on_its_side(found, reference, digits):
+    assert formatting.digits_of(found, reference=reference) == digits

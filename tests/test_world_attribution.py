@@ -18,6 +18,7 @@ from clipattr.jobs.world_attribution import (
     measure_corrections,
     read_estimates,
 )
+from clipattr.jobs.world_tables import exact_result
 from clipattr.sae.topk import TopKSae
 from clipattr.spliced import Spliced
 from tests.tiny import save_tiny_clip
@@ -159,6 +160,18 @@ def test_estimates_beside_the_exact_effect(estimates, monkeypatch):
     torch.testing.assert_close(compare_with_exact(estimates, **DRAW).drawn, found.drawn)
     other = compare_with_exact(estimates, resamples=200, seed=1)
     assert not torch.equal(other.drawn, found.drawn)
+
+
+def test_latents_that_never_fire_have_no_numbers(estimates):
+    silent = estimates._replace(is_active=torch.zeros_like(estimates.is_active))
+    found = measure_corrections(silent, **DRAW)
+    for interval in (*found.size.values(), found.gain, found.lens_part_pearson):
+        assert np.isnan(interval).all()
+    against = compare_with_exact(silent, **DRAW)
+    assert against.n_pairs == 0
+    assert np.isnan(against.difference).all()
+    assert exact_result(against) is None
+    assert exact_result(compare_with_exact(estimates, **DRAW)) is not None
 
 
 def test_a_sample_is_never_larger_than_what_there_is(estimates):

@@ -250,32 +250,72 @@ def test_zeroshot_against_a_plain_loop(tmp_path):
         zeroshot_accuracy(clip, embeddings, factors)
 
 
-def interval(mean: float, low: float, high: float) -> dict[str, float]:
+def interval(mean: float | None, low: float | None, high: float | None):
     return {"mean": mean, "low": low, "high": high}
+
+
+BETTER, WORSE = interval(-0.1, -0.2, -0.05), interval(0.1, 0.05, 0.2)
+UNCLEAR, UNDEFINED = interval(0.1, -0.05, 0.2), interval(None, None, None)
+
+
+def said_of(difference, whole, ratio, agreement: float | None = 0.9) -> str:
+    """The summary, with these differences from logit lens image by image and by noun."""
+    row = {"spearman_exact": {"mean": agreement}}
+    subject = {
+        "minus_logit_lens": {"deletion_auc": difference},
+        "global": {"minus_logit_lens": whole},
+        "curves": {"deletion": [0.3] * 8},
+    }
+    metrics = {
+        "sae": {"fvu": 0.1, "l0": 4.0},
+        "faithfulness": {"attribution_patching": row | subject, "logit_lens": row},
+        "shortcut": {"tag": {"amplification": ratio}, "seal": {"amplification": ratio}},
+    }
+    return " ".join(summarise(metrics))
 
 
 @pytest.mark.parametrize(
     ("difference", "ratio", "expected"),
     [
-        (interval(-0.1, -0.2, -0.05), interval(3, 2, 4), ["more faithful", "probe amplifies"]),
-        (interval(0.1, 0.05, 0.2), interval(1, 0.9, 4), ["less faithful", "does not clearly"]),
-        (
-            interval(0.1, -0.05, 0.2),
-            interval(0.5, 0.4, 0.6),
-            ["not clearly different", "does not clearly"],
-        ),
+        (BETTER, interval(3, 2, 4), ["more faithful", "probe amplifies"]),
+        (WORSE, interval(1, 0.9, 4), ["less faithful", "does not clearly"]),
+        (UNCLEAR, interval(0.5, 0.4, 0.6), ["not clearly different", "does not clearly"]),
+        (UNCLEAR, UNDEFINED, ["not clearly different", "cannot be told from 0"]),
     ],
 )
 def test_sentences_follow_the_numbers(difference, ratio, expected):
-    agreement = {"spearman_exact": {"mean": 0.9}}
-    metrics = {
-        "sae": {"fvu": 0.1, "l0": 4.0},
-        "faithfulness": {
-            "attribution_patching": agreement | {"minus_logit_lens": {"deletion_auc": difference}},
-            "logit_lens": agreement,
-        },
-        "shortcut": {"tag": {"amplification": ratio}, "seal": {"amplification": ratio}},
-    }
-    text = " ".join(summarise(metrics))
+    text = said_of(difference, difference, ratio)
     assert all(words in text for words in expected)
     assert "90.0 % of the variance" in text
+    assert "is 0.90 for the ranking of attribution patching" in text
+    assert "over 7 deleted latents attribution patching is" in text
+    assert "otherwise" not in text
+
+
+@pytest.mark.parametrize(
+    ("whole", "words"),
+    [
+        (WORSE, "says otherwise: less faithful than logit lens (+0.100 [+0.050, +0.200])"),
+        (UNCLEAR, "says otherwise: not clearly different from logit lens"),
+        (BETTER, None),
+        (UNDEFINED, None),
+    ],
+)
+def test_one_order_per_noun_is_named_where_it_says_otherwise(whole, words):
+    text = said_of(BETTER, whole, UNDEFINED)
+    assert "more faithful than logit lens (-0.100 [-0.200, -0.050])" in text
+    assert ("otherwise" in text) == (words is not None)
+    assert words is None or words in text
+
+
+def test_what_is_not_defined_is_said_in_the_summary():
+    text = said_of(UNDEFINED, UNDEFINED, UNDEFINED, agreement=None)
+    assert "is not defined for the ranking of attribution patching and not defined for" in text
+    assert "whether one is more faithful by deletion is not defined in this run." in text
+    assert "clearly different" not in text
+
+
+def test_summary_shows_on_which_side_an_interval_lies():
+    text = said_of(interval(-0.0004, -0.0006, -0.0002), BETTER, interval(2.0, 1.004, 3.0))
+    assert "more faithful than logit lens (-0.0004 [-0.0006, -0.0002])" in text
+    assert "2.000 [1.004, 3.000]" in text

@@ -1,9 +1,12 @@
 """The attribution evaluation's part of metrics.json, and the table in the log."""
 
 import logging
+import math
 from collections.abc import Sequence
 
 from clipattr.callbacks import FaithfulnessCallback, GlobalDeletionCallback
+from clipattr.metrics.intervals import Interval
+from clipattr.report.formatting import NOT_DEFINED
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +64,13 @@ def collect_faithfulness(
 def log_table(
     title: str, local: FaithfulnessCallback, by_class_mean: GlobalDeletionCallback
 ) -> None:
-    """One line per method."""
+    """One line per method, and of how many images: those that were read, not those asked for."""
     header = ("deletion", "- lens", "insertion", "drop", "gain")
     header += ("Spearman", "Pearson", "overlap", "gap", "global")
-    logger.info("%s, %d images, %d steps", title, len(local.targets), local.n_steps)
-    logger.info("  %-22s" + " %9s" * len(header), "", *header)
+    classes = next(iter(local.by_class.values()))
+    n_images = sum(int(row["images"]) for row in classes.values())
+    logger.info("%s, %d images, %d steps", title, n_images, local.n_steps)
+    logger.info("  %-22s" + " %11s" * len(header), "", *header)
     for method, found in local.results.items():
         cells = [
             found.deletion_auc,
@@ -79,14 +84,21 @@ def log_table(
             found.completeness,
             by_class_mean.results[method].deletion_auc,
         ]
-        words = ["" if cell is None else f"{cell.mean:.4f}" for cell in cells]
-        logger.info("  %-22s" + " %9s" * len(words), method.name, *words)
+        words = [_word(cell) for cell in cells]
+        logger.info("  %-22s" + " %11s" * len(words), method.name, *words)
     unrestricted = local.logit_lens_unrestricted
     assert unrestricted is not None, "after the test"
     logger.info(
-        "  %-22s %9.4f %9s %9.4f",
+        "  %-22s %11s %11s %11s",
         "unrestricted lens",
-        unrestricted.deletion_auc.mean,
+        _word(unrestricted.deletion_auc),
         "",
-        unrestricted.insertion_auc.mean,
+        _word(unrestricted.insertion_auc),
     )
+
+
+def _word(cell: Interval | None) -> str:
+    """Nothing where a method has no such number."""
+    if cell is None:
+        return ""
+    return f"{cell.mean:.4f}" if math.isfinite(cell.mean) else NOT_DEFINED

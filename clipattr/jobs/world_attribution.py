@@ -19,7 +19,7 @@ from clipattr.attribution import (
     logit_lens_table,
     read_edits,
 )
-from clipattr.metrics.intervals import Interval, bootstrap_mean, bootstrap_ratio
+from clipattr.metrics.intervals import Interval, bootstrap_mean, bootstrap_positive_ratio
 from clipattr.metrics.pooled_correlation import pooled_pearson, pooled_pearson_difference
 from clipattr.metrics.ranks import spearman
 from clipattr.spliced import Spliced
@@ -117,7 +117,7 @@ def measure_corrections(estimates: Estimates, *, resamples: int, seed: int) -> C
     options = {"resamples": resamples}
     return Corrections(
         size={
-            name: bootstrap_ratio(part, lens, **options, generator=_generator(seed, lens))
+            name: bootstrap_positive_ratio(part, lens, **options, generator=_generator(seed, lens))
             for name, part in sums.items()
         },
         agreement={name: _mean(each, resamples, seed) for name, each in ranks.items()},

@@ -64,7 +64,8 @@ def _how_faithfulness(settings: EvaluationConfig, inside: Inside, intervals: str
         HowRow(
             "deletion and insertion AUC",
             f"mean height of the score of the predicted noun over {measured.n_steps} steps, active "
-            f"latents only, error term kept; sum of areas over sum of clean scores; {intervals}",
+            "latents only, error term kept; sum of areas over sum of clean scores, not defined "
+            f"where that is not above 0; {intervals}",
             "clipattr.attribution.curves",
         ),
         HowRow(

@@ -162,7 +162,7 @@ def explain_examples(data: WorldData, atlas: LatentAtlas, n_examples: int) -> li
     x = data.test.x[rows].to(clip.device)
     targets = (data.embeddings(x) @ weights.T).argmax(dim=1)
     score = HeadScore(spliced.cut.suffix, weights, targets)
-    codes, W_dec = spliced.sae.encode(x), spliced.sae.W_dec
+    codes, W_dec = spliced.sae.encode(x), spliced.sae.directions
     attributions = attribution_patching(score, x, codes, W_dec)
     effects = exact_patching(score, x, codes, W_dec)
     order = active_order(attributions, codes)[:, :LATENTS_SHOWN]
@@ -250,8 +250,11 @@ def print_scorecard(folder: Path) -> None:
     for name, row in metrics["scorecard"].items():
         ranks = f"{row['rank_attribution']:>12} {row['rank_logit_lens']:>12}"
         learned = "yes" if row["learned"] else "no"
+        if row["learned"] and row["mean_attribution"]["high"] < 0:
+            learned = "yes, lowers the score"
         logger.info("%-32s %s %7.3f  %s", name, ranks, row["auroc"], learned)
-    logger.info("(ranks of the responsible latent among all latents, 1 is the top)")
+    logger.info("(ranks of the responsible latent among all latents, 1 is the top;")
+    logger.info(" a latent that lowers the score belongs near the end)")
     logger.info("")
     for cue, row in metrics["shortcut"].items():
         ratio = describe_ratio(row["amplification"])

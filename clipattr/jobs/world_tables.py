@@ -92,8 +92,10 @@ def correction_result(found: Corrections) -> CorrectionResult:
     )
 
 
-def exact_result(found: AgainstExact) -> ExactResult:
-    """The pairs that are drawn, and the correlations of all."""
+def exact_result(found: AgainstExact) -> ExactResult | None:
+    """The pairs that are drawn, and the correlations of all; None where no latent is active."""
+    if found.n_pairs == 0:
+        return None
     exact, *estimates = found.drawn.T.tolist()
     return ExactResult(
         scatters=[

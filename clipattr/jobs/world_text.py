@@ -1,9 +1,13 @@
 """The sentences of the world's page; every number in them comes from metrics.json."""
 
+import math
 from typing import Any
 
 from clipattr.config.choices import Method
+from clipattr.metrics.intervals import Interval
 from clipattr.report import Fact
+from clipattr.report.claims import direction
+from clipattr.report.formatting import NOT_DEFINED, digits_of, is_defined
 
 METHOD_LABELS = {
     Method.attribution_patching: "attribution patching",
@@ -22,6 +26,12 @@ STEP_LABELS = {
     "without_along_embedding": "- along the embedding",
     "attribution_patching": "- along the state\n= attribution patching",
 }
+_FAITHFUL = {
+    -1: "more faithful than",
+    0: "not clearly different from",
+    1: "less faithful than",
+}
+"""by the sign of a difference of deletion AUCs"""
 
 
 def summarise(metrics: dict[str, Any]) -> list[str]:
@@ -37,20 +47,47 @@ def summarise(metrics: dict[str, Any]) -> list[str]:
 def _faithful(table: dict[str, Any]) -> str:
     if "attribution_patching" not in table:
         return "How: attribution patching was not evaluated."
-    agreement = table["attribution_patching"]["spearman_exact"]["mean"]
-    lens = table["logit_lens"]["spearman_exact"]["mean"]
-    difference = table["attribution_patching"]["minus_logit_lens"]["deletion_auc"]
-    reading = "not clearly different from"
-    if difference["high"] < 0:
-        reading = "more faithful than"
-    if difference["low"] > 0:
-        reading = "less faithful than"
+    found, lens = table["attribution_patching"], table["logit_lens"]
+    agreement, of_lens = (_two_digits(each["spearman_exact"]["mean"]) for each in (found, lens))
     return (
-        "How: the ranking of attribution patching agrees with exact patching at a Spearman of "
-        f"{agreement:.2f}, that of logit lens at {lens:.2f}; by deletion attribution patching is "
-        f"{reading} logit lens "
-        f"({difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}])."
+        f"How: the Spearman correlation with exact patching is {agreement} for the ranking of "
+        f"attribution patching and {of_lens} for that of logit lens; {_by_deletion(found)}."
     )
+
+
+def _by_deletion(found: dict[str, Any]) -> str:
+    """What deletion says image by image, and where one order per noun says something else."""
+    local = _read(found["minus_logit_lens"]["deletion_auc"])
+    whole = _read(found["global"]["minus_logit_lens"])
+    if not is_defined(local):
+        return f"whether one is more faithful by deletion is {NOT_DEFINED} in this run"
+    n_steps = len(found["curves"]["deletion"]) - 1
+    said = (
+        f"over {n_steps} deleted latents attribution patching is {_FAITHFUL[direction(local)]} "
+        f"logit lens ({_written(local)})"
+    )
+    if not is_defined(whole) or direction(whole) == direction(local):
+        return said
+    return (
+        f"{said}, but one order per noun says otherwise: {_FAITHFUL[direction(whole)]} logit lens "
+        f"({_written(whole)})"
+    )
+
+
+def _read(found: dict[str, Any]) -> Interval:
+    """Of metrics.json, where null says that there is no number."""
+    values = (found[name] for name in Interval._fields)
+    return Interval(*(math.nan if value is None else value for value in values))
+
+
+def _written(interval: Interval) -> str:
+    digits = digits_of(interval)
+    mean, low, high = (f"{value:+.{digits}f}" for value in interval)
+    return f"{mean} [{low}, {high}]"
+
+
+def _two_digits(value: float | None) -> str:
+    return NOT_DEFINED if value is None else f"{value:.2f}"
 
 
 def _shortcut(tag: dict[str, Any], seal: dict[str, Any]) -> str:
@@ -81,7 +118,10 @@ def describe_ratio(ratio: dict[str, Any]) -> str:
     """A ratio with its interval; null in metrics.json says that there is none."""
     if ratio["mean"] is None:
         return "not defined, the text head's effect cannot be told from 0"
-    return f"{ratio['mean']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    found = _read(ratio)
+    # Whether it amplifies is asked of 1: 1.00 would not say on which side an end lies.
+    mean, low, high = (f"{value:.{digits_of(found, 2, 1.0)}f}" for value in found)
+    return f"{mean} [{low}, {high}]"
 
 
 def list_facts(metrics: dict[str, Any]) -> list[Fact]:

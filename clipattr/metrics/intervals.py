@@ -77,6 +77,29 @@ def bootstrap_ratio(
     )
 
 
+def bootstrap_positive_ratio(
+    numerators: Float[Tensor, " images"],
+    denominators: Float[Tensor, " images"],
+    *,
+    resamples: int,
+    generator: torch.Generator,
+) -> Interval:
+    """`bootstrap_ratio` of what means something only where it is divided by more than 0.
+
+    nan where the mean of the denominators is not above 0. Its ends alone are nan where that of the
+    data is, but that of a resample is not.
+    """
+    table = torch.stack([numerators.double(), denominators.double()], dim=1).to(generator.device)
+    _refuse_unusable(table)
+    above, below = table.mean(dim=0)
+    if below <= 0:
+        return Interval(float("nan"), float("nan"), float("nan"))
+    means = resampled_means(table, resamples=resamples, generator=generator)
+    drawn = torch.where(means[:, 1] > 0, means[:, 0] / means[:, 1], torch.nan)
+    low, high = torch.quantile(drawn, drawn.new_tensor([0.025, 0.975])).tolist()
+    return Interval(float(above / below), low, high)
+
+
 def bootstrap_ratio_difference(
     numerators_a: Float[Tensor, " images"],
     numerators_b: Float[Tensor, " images"],
@@ -85,8 +108,11 @@ def bootstrap_ratio_difference(
     resamples: int,
     generator: torch.Generator,
 ) -> Interval:
-    """Interval of (mean(a) - mean(b)) / mean(denominators), paired: the same images for a and b."""
-    return bootstrap_ratio(
+    """Interval of (mean(a) - mean(b)) / mean(denominators), paired: the same images for a and b.
+
+    Denominators are as in `bootstrap_positive_ratio`.
+    """
+    return bootstrap_positive_ratio(
         numerators_a.double() - numerators_b.double(),
         denominators,
         resamples=resamples,

@@ -1,5 +1,6 @@
 """Charts of why the methods differ: the control, single classes, corrections, exact effects."""
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -87,8 +88,9 @@ def scatter_chart(result: ExactResult, number: int) -> Markup:
     """The estimates of one method over the exact effects; on the line both are equal."""
     scatter = result.scatters[number]
     drawn = [value for each in result.scatters for value in (*each.exact, *each.estimate)]
-    margin = 0.04 * (max(drawn) - min(drawn))
-    limits = (min(drawn) - margin, max(drawn) + margin)
+    finite = [value for value in drawn if math.isfinite(value)] or [0.0]
+    margin = 0.04 * (max(finite) - min(finite)) or 1.0  # equal limits are no axis
+    limits = (min(finite) - margin, max(finite) + margin)
 
     def draw(axes: Axes) -> None:
         axes.plot(limits, limits, color=STAND_IN["muted"], linewidth=1.0)

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from clipattr.metrics.intervals import Interval
+from clipattr.report.claims import lowers
 from clipattr.report.content import CueResult, MethodResult, ScorecardRow
 from clipattr.report.drawing import STAND_IN, Point, forest, method_style, name_rows, svg
 
@@ -90,7 +91,10 @@ def cue_chart(cues: Sequence[CueResult]) -> Markup:
 
 
 def rank_chart(rows: Sequence[ScorecardRow]) -> Markup:
-    """Rank of each responsible latent by both methods, a line between them; the top is left."""
+    """Rank of each responsible latent by both methods, a line between them; the top is left.
+
+    A star marks what was not learned; a latent that lowers the score belongs on the right.
+    """
 
     def draw(axes: Axes) -> None:
         for height, row in enumerate(rows):
@@ -114,4 +118,7 @@ def rank_chart(rows: Sequence[ScorecardRow]) -> Markup:
 
 
 def _title(row: ScorecardRow) -> str:
-    return row.title.replace(": ", ":\n", 1) + ("" if row.learned else " *")
+    mark = "" if row.learned else " *"
+    if row.learned and lowers(row):
+        mark = " (lowers)"
+    return row.title.replace(": ", ":\n", 1) + mark

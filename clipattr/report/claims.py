@@ -14,17 +14,34 @@ from clipattr.report.content import (
     MethodResult,
     ScorecardRow,
 )
-from clipattr.report.formatting import bounds, number, percent, signed
+from clipattr.report.formatting import (
+    NOT_DEFINED,
+    bounds,
+    digits_of,
+    is_defined,
+    number,
+    percent,
+    signed,
+)
 
 SUBJECT = "attribution_patching"
 FIRST = 10
 """latents of a ranking that a reader looks at"""
 NOT_COMPARED = "Attribution patching and logit lens were not compared in this run."
+UNDEFINED = f"{NOT_DEFINED} in this run"
 _COMPARISONS = {
     "deletion_auc": ("Deletion", "lowers the score faster", "lowers the score more slowly"),
     "insertion_auc": ("Insertion", "restores the score faster", "restores the score more slowly"),
-    "spearman_exact": ("Order", "agrees more with exact patching", "agrees less with it"),
-    "pearson_exact": ("Values", "agrees more with exact patching", "agrees less with it"),
+    "spearman_exact": (
+        "Order",
+        "agrees more with exact patching",
+        "agrees less with exact patching",
+    ),
+    "pearson_exact": (
+        "Values",
+        "agrees more with exact patching",
+        "agrees less with exact patching",
+    ),
     "overlap_exact": ("Top latents", "finds more of the true ones", "finds fewer of the true ones"),
     "global_deletion": (
         "One order per noun",
@@ -33,6 +50,12 @@ _COMPARISONS = {
     ),
 }
 _LOWER_IS_BETTER = ("deletion_auc", "global_deletion")
+_CURVES = {
+    "deletion_auc": ("deletion_curve", "deleted"),
+    "insertion_auc": ("insertion_curve", "inserted"),
+    "global_deletion": ("deletion_curve", "deleted"),
+}
+"""columns that are areas: which depend on how many latents are edited"""
 _RELATION = {1: "leads", 0: "is not clearly different from", -1: "trails"}
 
 
@@ -42,24 +65,40 @@ def direction(interval: Interval) -> int:
 
 
 def described(interval: Interval) -> str:
-    """A difference with its interval."""
-    return f"{signed(interval.mean)} {bounds(interval)}"
+    """A difference with its interval, in digits that show on which side of 0 it lies."""
+    if not is_defined(interval):
+        if math.isfinite(interval.mean):
+            return f"{signed(interval.mean)} with an interval that is {UNDEFINED}"
+        return UNDEFINED
+    digits = digits_of(interval)
+    return f"{signed(interval.mean, digits)} {bounds(interval, digits)}"
 
 
 def method_claim(methods: Sequence[MethodResult], column: str) -> str:
     """Attribution patching against logit lens in one column, images paired."""
-    difference = _difference(methods, column)
-    if difference is None:
+    subject = _subject(methods)
+    if subject is None:
         return NOT_COMPARED
+    difference = subject.minus_logit_lens[column]
     name, better, worse = _COMPARISONS[column]
-    lead = _lead(difference, column)
+    if not is_defined(difference):
+        return f"{name}: attribution patching minus logit lens is {described(difference)}."
+    lead, over = _lead(difference, column), _over(subject, column)
     if lead == 0:
         return (
-            f"{name}: no difference between attribution patching and logit lens is shown "
+            f"{name}: no difference between attribution patching and logit lens is shown{over} "
             f"({described(difference)})."
         )
     words = better if lead > 0 else worse
-    return f"{name}: attribution patching {words} than logit lens ({described(difference)})."
+    return f"{name}: attribution patching {words} than logit lens{over} ({described(difference)})."
+
+
+def _over(method: MethodResult, column: str) -> str:
+    """Over how many steps an area was taken."""
+    if column not in _CURVES:
+        return ""
+    curve, edited = _CURVES[column]
+    return f" over {len(getattr(method, curve)) - 1} {edited} latents"
 
 
 def _lead(difference: Interval, column: str) -> int:
@@ -67,26 +106,30 @@ def _lead(difference: Interval, column: str) -> int:
     return -direction(difference) if column in _LOWER_IS_BETTER else direction(difference)
 
 
-def _difference(methods: Sequence[MethodResult], column: str) -> Interval | None:
-    for method in methods:
-        if method.name == SUBJECT:
-            return method.minus_logit_lens[column]
-    return None
+def _subject(methods: Sequence[MethodResult]) -> MethodResult | None:
+    return next((method for method in methods if method.name == SUBJECT), None)
 
 
 def control_claim(
     methods: Sequence[MethodResult], control: Sequence[MethodResult], column: str
 ) -> str:
     """Whether attribution patching leads logit lens in each dictionary."""
-    trained, untrained = (_difference(each, column) for each in (methods, control))
-    if trained is None or untrained is None:
+    subjects = [_subject(each) for each in (methods, control)]
+    found = [each.minus_logit_lens[column] for each in subjects if each is not None]
+    if len(found) < len(subjects):
         return NOT_COMPARED
-    name = _COMPARISONS[column][0]
+    name, (trained, untrained) = _COMPARISONS[column][0], found
     return (
-        f"{name}: attribution patching {_RELATION[_lead(trained, column)]} logit lens with the "
-        f"trained dictionary ({described(trained)}) and {_RELATION[_lead(untrained, column)]} it "
-        f"with the untrained one ({described(untrained)})."
+        f"{name}: attribution patching {_relation(trained, column)} logit lens with the trained "
+        f"dictionary ({described(trained)}) and {_relation(untrained, column)} it with the "
+        f"untrained one ({described(untrained)})."
     )
+
+
+def _relation(difference: Interval, column: str) -> str:
+    if not is_defined(difference):
+        return "cannot be compared with"
+    return _RELATION[_lead(difference, column)]
 
 
 def class_claim(classes: Sequence[ClassRow], column: str) -> str:
@@ -95,6 +138,8 @@ def class_claim(classes: Sequence[ClassRow], column: str) -> str:
     sign = -1 if column in _LOWER_IS_BETTER else 1
     leads = [sign * value for value in values if math.isfinite(value)]
     name, better, _ = _COMPARISONS[column]
+    if not leads:
+        return f"{name}, by noun: attribution patching minus logit lens is {UNDEFINED}."
     return (
         f"{name}, by noun: attribution patching {better} than logit lens in "
         f"{sum(lead > 0 for lead in leads)} of {len(leads)} (means alone, without intervals)."
@@ -103,6 +148,8 @@ def class_claim(classes: Sequence[ClassRow], column: str) -> str:
 
 def size_claim(corrections: CorrectionResult) -> str:
     """How large the corrections are beside the lens part."""
+    if not any(is_defined(size) for size in corrections.sizes.values()):
+        return f"The size of what logit lens leaves out is {UNDEFINED}."
     parts = [f"{label} {percent(size.mean)}" for label, size in corrections.sizes.items()]
     return f"What logit lens leaves out, beside the size of the lens part: {', '.join(parts)}."
 
@@ -110,6 +157,11 @@ def size_claim(corrections: CorrectionResult) -> str:
 def gain_claim(corrections: CorrectionResult) -> str:
     """What the corrections do to the agreement with exact patching."""
     gain = corrections.gain
+    if not is_defined(gain):
+        return (
+            "What the two corrections do to the agreement with exact patching is "
+            f"{described(gain)}."
+        )
     if direction(gain) == 0:
         return (
             "The two corrections do not change the agreement with exact patching beyond chance "
@@ -125,6 +177,12 @@ def gain_claim(corrections: CorrectionResult) -> str:
 def exact_claim(result: ExactResult) -> str:
     """Which estimate follows the exact effect more closely over all pairs."""
     first, second = result.scatters
+    if not is_defined(result.difference):
+        return (
+            f"Over all {result.n_pairs:,} pairs the correlations of {first.label} and "
+            f"{second.label} with the exact effect cannot be compared: their difference is "
+            f"{described(result.difference)}."
+        )
     words = "do not clearly differ in their correlation with the exact effect"
     if direction(result.difference) > 0:
         words = "differ: the first one correlates more with the exact effect"
@@ -138,20 +196,27 @@ def exact_claim(result: ExactResult) -> str:
 
 
 def rank_claim(rows: Sequence[ScorecardRow]) -> str:
-    """How many responsible latents are where a reader looks, and how many pull the other way."""
+    """How many responsible latents are where a reader looks; those that pull back counted apart."""
     learned = [row for row in rows if row.learned]
     if not learned:
         return "None of the planted effects was learned: the ranks compare nothing."
-    by_attribution = sum(row.rank_attribution <= FIRST for row in learned)
-    by_lens = sum(row.rank_logit_lens <= FIRST for row in learned)
-    found = (
-        f"Of the {len(learned)} latents of learned effects, attribution patching has "
-        f"{by_attribution} among its first {FIRST}, logit lens {by_lens}."
+    up = [row for row in learned if not lowers(row)]
+    by_attribution = sum(row.rank_attribution <= FIRST for row in up)
+    by_lens = sum(row.rank_logit_lens <= FIRST for row in up)
+    counted = "latents of learned effects"
+    if len(up) == len(learned):
+        found = f"Of the {len(up)} {counted}"
+    else:
+        found = f"Of the {len(up)} {counted} that do not lower the prompt's score"
+    found += (
+        f", attribution patching has {by_attribution} among its first {FIRST}, logit lens "
+        f"{by_lens}."
     )
-    negative = sum(direction(row.mean_attribution) < 0 for row in learned)
-    if negative == 0:
+    if len(up) == len(learned):
         return found
-    return (
-        f"{found} Of these latents {negative} lower the prompt's score: their attributions rank "
-        "behind all that raise it."
-    )
+    return f"{found} Another {len(learned) - len(up)} lower it on average, and belong near the end."
+
+
+def lowers(row: ScorecardRow) -> bool:
+    """Whether the latent lowers the prompt's score on average, beyond chance."""
+    return direction(row.mean_attribution) < 0

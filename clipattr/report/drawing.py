@@ -64,6 +64,8 @@ _SETTINGS: dict[Any, Any] = {
     "grid.color": STAND_IN["line"],
     "grid.linewidth": 0.7,
     "text.color": STAND_IN["ink"],
+    # Simplified, lines without length are dropped, and with them the dots of `draw_dots`.
+    "path.simplify": False,
 }
 
 

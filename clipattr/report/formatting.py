@@ -39,6 +39,22 @@ def bounds(interval: Interval, digits: int = 3) -> str:
     return f"[{number(interval.low, digits)}, {number(interval.high, digits)}]"
 
 
+def is_defined(interval: Interval) -> bool:
+    """Whether there is a number, and an interval around it."""
+    return all(math.isfinite(value) for value in interval)
+
+
+def digits_of(interval: Interval, digits: int = 3, reference: float = 0.0) -> int:
+    """As many digits as it takes to see that an interval leaves the reference out."""
+    low, high = interval.low, interval.high
+    if not is_defined(interval) or low <= reference <= high:
+        return digits
+    needed = digits
+    while any(round(bound, needed) == reference for bound in (low, high)):
+        needed += 1
+    return needed
+
+
 def picture(png: bytes) -> str:
     """The bytes of a PNG file as a data URI, so that the page needs no other file."""
     if not png.startswith(_PNG_SIGNATURE):

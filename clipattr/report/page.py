@@ -52,8 +52,10 @@ def _environment() -> Environment:
         signed=formatting.signed,
         percent=formatting.percent,
         bounds=formatting.bounds,
+        digits_of=formatting.digits_of,
         picture=formatting.picture,
     )
+    environment.tests.update(lowers=claims.lowers)
     environment.globals.update(
         NOT_DEFINED=formatting.NOT_DEFINED,
         log_position=formatting.log_position,

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from clipattr.metrics.intervals import Interval
-from clipattr.report.claims import direction
+from clipattr.report.claims import UNDEFINED, direction, lowers
 from clipattr.report.content import (
     CueResult,
     Explained,
@@ -16,6 +16,7 @@ from clipattr.report.content import (
     ScorecardRow,
     UnexpectedResult,
 )
+from clipattr.report.formatting import is_defined
 
 REFERENCE_METHOD = "exact"
 _LOWER_IS_BETTER = {
@@ -29,9 +30,17 @@ _LOWER_IS_BETTER = {
 
 
 def verdict(row: ScorecardRow) -> str:
-    """One sentence: which of the two methods ranks the responsible latent better."""
+    """One sentence: which of the two methods ranks the responsible latent better.
+
+    One that lowers the prompt's score belongs near the end: its rank is read the other way.
+    """
     if not row.learned:
         return "The model did not learn this planted effect, so the ranks compare nothing here."
+    if lowers(row):
+        return (
+            "A latent that lowers the score belongs near the end: attribution patching has it at "
+            f"rank {row.rank_attribution}, logit lens at {row.rank_logit_lens} of {row.n_latents}."
+        )
     if row.rank_attribution == row.rank_logit_lens:
         return f"Both methods put the responsible latent at rank {row.rank_attribution}."
     attribution_wins = row.rank_attribution < row.rank_logit_lens
@@ -41,15 +50,29 @@ def verdict(row: ScorecardRow) -> str:
 
 
 def tally(rows: Sequence[ScorecardRow]) -> str:
-    """The scorecard in one paragraph, effects that were not learned counted apart."""
+    """The scorecard in one paragraph, what was not learned and what lowers the score apart."""
     learned = [row for row in rows if row.learned]
-    attribution = sum(row.rank_attribution < row.rank_logit_lens for row in learned)
-    logit_lens = sum(row.rank_logit_lens < row.rank_attribution for row in learned)
-    return (
-        f"The model learned {len(learned)} of {len(rows)} planted effects. Among these, attribution"
-        f" patching ranks the responsible latent better in {attribution}, logit lens in"
-        f" {logit_lens}, and both equally in {len(learned) - attribution - logit_lens}."
-    )
+    down = [row for row in learned if lowers(row)]
+    up = [row for row in learned if not lowers(row)]
+    found = f"The model learned {len(learned)} of {len(rows)} planted effects."
+    if up:
+        counted = "these" if not down else f"the {len(up)} whose latent does not lower the score"
+        attribution = sum(row.rank_attribution < row.rank_logit_lens for row in up)
+        logit_lens = sum(row.rank_logit_lens < row.rank_attribution for row in up)
+        found += (
+            f" Among {counted}, attribution patching ranks the responsible latent better in "
+            f"{attribution}, logit lens in {logit_lens}, and both equally in "
+            f"{len(up) - attribution - logit_lens}."
+        )
+    if down:
+        attribution = sum(row.rank_attribution > row.rank_logit_lens for row in down)
+        logit_lens = sum(row.rank_logit_lens > row.rank_attribution for row in down)
+        found += (
+            f" In {len(down)} the responsible latent lowers the prompt's score on average and "
+            f"belongs near the end: attribution patching has it nearer to it in {attribution}, "
+            f"logit lens in {logit_lens}."
+        )
+    return found
 
 
 def best_methods(methods: Sequence[MethodResult]) -> dict[str, set[str]]:
@@ -102,6 +125,8 @@ def largest_bar(item: Explained) -> float:
 
 def use_reading(row: ScorecardRow) -> str:
     """One sentence: does the latent raise the prompt's score, and in how many images?"""
+    if not is_defined(row.mean_attribution):
+        return f"Whether the latent raises the prompt's score is {UNDEFINED}."
     found = direction(row.mean_attribution)
     verb = {1: "raises", 0: "neither clearly raises nor lowers", -1: "lowers"}[found]
     return f"On average over all images the latent {verb} the prompt's score."
