@@ -114,8 +114,9 @@ def check_model(path: Path, found: object, expected: Mapping[str, str]) -> None:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
+    content = _read(path)
     try:
-        fields = json.loads(_read(path))
+        fields = json.loads(content)
     except (ValueError, RecursionError) as error:  # broken JSON, or bytes that are no text
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(fields, dict):

@@ -5,8 +5,13 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clipattr.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from clipattr.build.build import Options
+    from clipattr.build.sources import Source
 
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -21,6 +26,10 @@ SOURCE is one of
   shards/             tar shards, to split, shuffle, resize or check: a folder, a file or a
   'a-{000..099}.tar'  brace pattern
   hf:NAME             a dataset of the Hugging Face hub, or a folder that save_to_disk wrote
+
+or, before the folder of an official download, the recipe of a known data set: waterbirds, celeba,
+isic2019, isic2020, ham10000, chexpert, metashift, imagefolder; see clipattr-shards celeba --help
+  clipattr-shards celeba DOWNLOAD FOLDER
 
 FOLDER gets 000000.tar, 000001.tar, ...; index.json (checksums), classes.txt (names in the order of
 the labels), failures.jsonl (what was left out, and why) and report.json. A sample is key.jpg (or
@@ -40,6 +49,25 @@ examples:
 exit code: 0 when all is written, 2 when something must be decided first, with one message.
 """
 
+RECIPES = {
+    "waterbirds": "Waterbirds: label bird, cue water in the place, official splits.",
+    "celeba": "CelebA: label and cue of the 40 attributes, official splits.",
+    "isic2019": "ISIC 2019, training set: 8 diagnoses; images of one lesion stay together.",
+    "isic2020": "ISIC 2020, training set: benign or malignant; one patient stays together.",
+    "ham10000": "HAM10000: 7 diagnoses; images of one lesion stay together.",
+    "chexpert": "CheXpert, and tables of its form: one finding is the label, another the cue.",
+    "metashift": "MetaShift: folders such as train/cat/cat(sofa); label cat, cue sofa.",
+    "imagefolder": "Class folders, and a table with a column of paths and columns of attributes.",
+}
+RECIPE_HELP = """\
+{what}
+
+DOWNLOAD is the unpacked download. The JSON of each sample holds label, cue, group (label x cue) and
+all columns of the official table: an evaluation reads them as json:cue, json:group and so on.
+Without official splits, and with --split, a hash decides, and what belongs together stays so.
+"""
+OWN_SPLIT = "train=0.8,val=0.1,test=0.1"
+
 
 def shards() -> None:
     """Build shards: `clipattr-shards SOURCE FOLDER [options]`."""
@@ -48,7 +76,10 @@ def shards() -> None:
 
 def run_shards(arguments: list[str]) -> int:
     """The exit code."""
-    options = make_parser().parse_args(arguments)
+    if arguments and arguments[0] in RECIPES:
+        options = make_recipe_parser(arguments[0]).parse_args(arguments[1:])
+    else:
+        options = make_parser().parse_args(arguments)
     try:
         sys.stdout.write(f"{build(options)}\n")
     except (ConfigError, DataError) as error:
@@ -63,8 +94,27 @@ def run_shards(arguments: list[str]) -> int:
 def build(options: argparse.Namespace) -> object:
     """The report of the build that the options ask for."""
     # Late on purpose: this imports torch, and a typo must die in under a second.
-    from clipattr.build.build import Options, build_shards
-    from clipattr.build.open_source import Naming, open_source
+    from clipattr.build.build import build_shards
+
+    asked = make_options(options)
+    source = _open_recipe(options) if options.recipe else _open_source(options)
+    if options.recipe and source.splits is None and asked.split is None:
+        from clipattr.build.placement import parse_split
+
+        asked = asked._replace(split=parse_split(OWN_SPLIT))
+    return build_shards(
+        source,
+        options.folder,
+        asked,
+        max_bad_fraction=options.max_bad_fraction,
+        workers=options.workers,
+        progress=sys.stderr.isatty(),
+    )
+
+
+def make_options(options: argparse.Namespace) -> "Options":
+    """What to make of the source."""
+    from clipattr.build.build import Options
     from clipattr.build.pictures import Pictures
     from clipattr.build.placement import Limits, parse_split
 
@@ -76,36 +126,56 @@ def build(options: argparse.Namespace) -> object:
         seed=options.seed,
     )
     asked.check()
+    return asked
+
+
+def _open_recipe(options: argparse.Namespace) -> "Source":
+    from clipattr.build.recipes import Asked, Attributes, open_recipe
+
+    given = vars(options)
+    attributes = Attributes(
+        given.get("table"),
+        given.get("path_column") or "path",
+        split=given.get("split_column"),
+        together=given.get("split_by"),
+    )
+    asked = Asked(
+        given.get("label_column"),
+        given.get("cue_column"),
+        given.get("uncertain", "ignore"),
+        given.get("view", "frontal"),
+        attributes,
+    )
+    return open_recipe(options.recipe, Path(options.source), asked).source()
+
+
+def _open_source(options: argparse.Namespace) -> "Source":
+    from clipattr.build.open_source import Naming, open_source
+
     if options.split_by and not options.split:
         raise ConfigError("--split-by says what stays together in a --split, which is not given")
+    if options.split_column and options.split:
+        raise ConfigError("--split-column names splits, and --split makes them: give one")
     classes = None
     if options.classes:
         from clipattr.clip.templates import load_class_names
 
         classes = load_class_names([options.classes]).names
-    progress = sys.stderr.isatty()
-    source = open_source(
+    return open_source(
         options.source,
         Naming(
             path=options.path_column,
             label=options.label_column,
             caption=options.caption_column,
             group=options.split_by,
+            split=options.split_column,
             root=options.root,
             hub_config=options.hf_config,
             hub_split=options.hf_split,
         ),
         classes=classes,
         workers=options.workers,
-        progress=progress,
-    )
-    return build_shards(
-        source,
-        options.folder,
-        asked,
-        max_bad_fraction=options.max_bad_fraction,
-        workers=options.workers,
-        progress=progress,
+        progress=sys.stderr.isatty(),
     )
 
 
@@ -127,7 +197,69 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", metavar="SOURCE", help="what to build them from")
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="where to write them")
-    _add_source(parser.add_argument_group("source"))
+    parser.set_defaults(recipe="")
+    group = parser.add_argument_group("source")
+    _add_source(group)
+    _add_split_by(group)
+    _add_build(parser)
+    return parser
+
+
+def make_recipe_parser(recipe: str) -> argparse.ArgumentParser:
+    """The command line of one recipe."""
+    parser = argparse.ArgumentParser(
+        prog=f"clipattr-shards {recipe}",
+        description=RECIPE_HELP.format(what=RECIPES[recipe]),
+        epilog=f"a folder that is called so is ./{recipe}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(recipe=recipe)
+    parser.add_argument("source", metavar="DOWNLOAD", help="folder of the unpacked download")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where to write the shards")
+    group = parser.add_argument_group("data set")
+    if recipe in ("celeba", "chexpert", "imagefolder"):
+        what = {
+            "celeba": "attribute that is the label (Blond_Hair)",
+            "chexpert": "finding that is the label (Pneumothorax)",
+            "imagefolder": "column of labels (default: the class folders)",
+        }
+        group.add_argument("--label-column", metavar="NAME", help=what[recipe])
+    if recipe not in ("waterbirds", "metashift"):
+        default = {"celeba": "Male", "chexpert": "Support Devices"}.get(recipe, "none")
+        group.add_argument("--cue-column", metavar="NAME", help=f"column of the cue ({default})")
+    if recipe == "chexpert":
+        _add_chexpert(group)
+    if recipe == "imagefolder":
+        _add_table(group)
+        _add_split_by(group)
+    _add_build(parser)
+    return parser
+
+
+def _add_chexpert(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--uncertain",
+        default="ignore",
+        metavar="POLICY",
+        help="what -1 of label or cue becomes: zeros, ones, or ignore: without the image (ignore)",
+    )
+    group.add_argument(
+        "--view", default="frontal", metavar="VIEW", help="frontal, lateral or all (frontal)"
+    )
+
+
+def _add_table(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--table", type=Path, metavar="FILE", help="the table (default: the one in DOWNLOAD)"
+    )
+    group.add_argument(
+        "--path-column",
+        metavar="NAME",
+        help="column of paths, or of names of files with or without suffix (path)",
+    )
+
+
+def _add_build(parser: argparse.ArgumentParser) -> None:
     _add_shards(parser.add_argument_group("shards"))
     _add_images(parser.add_argument_group("images"))
     parser.add_argument(
@@ -144,7 +276,6 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="processes for large sets (default: the cores)",
     )
-    return parser
 
 
 def _add_source(group: argparse._ArgumentGroup) -> None:
@@ -171,6 +302,17 @@ def _add_source(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--hf-split", metavar="NAME", help="split of a hub set (train)")
 
 
+def _add_split_by(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--split-column", metavar="NAME", help="column that names the split of each image"
+    )
+    group.add_argument(
+        "--split-by",
+        metavar="COLUMN",
+        help="samples with one value, such as one patient, stay in one part",
+    )
+
+
 def _add_shards(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--samples-per-shard", type=int, default=10_000, metavar="N", help="at most (10000)"
@@ -181,11 +323,6 @@ def _add_shards(group: argparse._ArgumentGroup) -> None:
         metavar="NAME=PART,...",
         help="write a folder for each part, such as train=0.9,val=0.1. A hash of the sample's name "
         "decides: samples that are added later leave the others where they are",
-    )
-    group.add_argument(
-        "--split-by",
-        metavar="COLUMN",
-        help="samples with one value, such as one patient, stay in one part",
     )
     group.add_argument(
         "--no-shuffle",

@@ -93,7 +93,8 @@ def pair(number: int, place: int) -> ClassLatent:
 
 
 def class_entry(number: int) -> ClassEntry:
-    return ClassEntry(number, [pair(number, place) for place in range(30)])
+    n_more = 1234 if number == 5 else 0
+    return ClassEntry(number, [pair(number, place) for place in range(30)], n_more)
 
 
 def unexpected() -> list[UnexpectedEntry]:
@@ -117,7 +118,10 @@ def overview() -> Overview:
         columns=COLUMNS,
         class_names=[class_name(number) for number in range(N_CLASSES)],
         score_name="cosine",
+        over="all images",
+        map_shares=(0.0312, 0.0251),
         unexpected=unexpected(),
+        if_empty="Nothing is above chance.",
         points=points,
         manifest={"command": f"python {HOSTILE}"},
     )

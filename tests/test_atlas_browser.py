@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from clipattr.report.atlas import write_site
+from clipattr.report.atlas import ClassEntry, Label, Reliance, UnexpectedEntry, write_site
 from tests import atlas_sites as small
 from tests.browser import Watched, open_browser
 
@@ -81,7 +81,7 @@ def test_click_through(watched):
     watched.ready("#4")
     assert page.locator("h1").inner_text() == "class name 4"
     assert page.locator("#unexpected > li").count() == 3
-    page.locator("#expected > li").first.get_by_role("link").first.click()
+    page.locator("#others > li").first.get_by_role("link").first.click()
     watched.ready("#50")
     page.go_back()
     watched.ready("#4")
@@ -162,6 +162,8 @@ def test_classes_and_map(watched):
     assert page.locator("#class-table tbody tr:not(.space)").all_inner_texts() == [
         "class name 17\t30\t3\t0.241"
     ]
+    lead = page.locator("#map .lead").inner_text()
+    assert "3.1 % and 2.5 % of the variance" in lead
     page.locator("#map-colour").select_option(label="frequency")
     assert page.locator("#map-legend").inner_text().split()[:2] == ["from", "0"]
     # The grid of the map: latent 0 lies in a lower corner, latent 15 in the other.
@@ -172,6 +174,79 @@ def test_classes_and_map(watched):
     page.locator("#map-plot canvas").click(position={"x": x, "y": y})
     watched.ready("#0")
     watched.check()
+
+
+def test_a_latent_named_like_its_class_is_shown_by_its_reason(browser, tmp_path):
+    names = ["Star  fish", "boat"]
+    words = {0: "star  fish", 1: "fish"}
+    entries = [
+        dataclasses.replace(
+            small.latent_entry(latent), labels=[Label(words[latent], 0.3)], reliance=[]
+        )
+        for latent in words
+    ]
+    pairs = [
+        small.pair(0, 2)._replace(latent=latent, reasons=[f"why {latent}", "and so"])
+        for latent in words
+    ]
+    content = dataclasses.replace(
+        small.overview(),
+        class_names=names,
+        points=[],
+        unexpected=[UnexpectedEntry(0, pair) for pair in pairs],
+    )
+    write_site(tmp_path, content, entries, [ClassEntry(0, pairs), ClassEntry(1, [])])
+    small.write_thumbnails(tmp_path)
+    watched = Watched(browser, tmp_path)
+    page = watched.open("index.html", "index")
+    rows = [" ".join(text.split()) for text in page.locator("#ranked > li").all_inner_texts()]
+    assert rows[0].startswith("Star fish and latent #0")
+    assert rows[1].startswith("Star fish relies on fish #1")
+    assert page.locator("#ranked .reason").all_inner_texts() == ["why 0"]
+    assert page.locator("#ranked .reasons li").all_inner_texts() == ["and so", "why 1", "and so"]
+    page = watched.open("class.html#0", "#0")
+    assert page.locator("#unexpected .pair-head a").all_inner_texts() == ["latent #0", "fish #1"]
+    assert page.locator("#unexpected .reason").all_inner_texts() == ["why 0"]
+    watched.context.close()
+
+
+def test_a_class_says_how_many_are_left_out_and_over_which_images(watched):
+    page = watched.open("class.html#5", "#5")
+    assert "1,234 more" in page.locator("#left-out").inner_text()
+    assert page.locator("#unexpected-count").inner_text() == "(3 of 1,237)"
+    assert "over all images" in page.locator("#class").inner_text()
+    page = watched.open("class.html#6", "#6")
+    assert not page.locator("#left-out").is_visible()
+    assert page.locator("#unexpected-count").inner_text() == "(3)"
+    assert page.locator("#others-count").inner_text() == "(27)"
+    watched.check()
+
+
+def test_classes_that_a_latent_raises_and_lowers(browser, tmp_path):
+    values = {4: 0.2, 2: 0.1, 7: -0.5, 6: -0.3}
+    reliance = [Reliance(number, value, 0.5, 0.75, 0.1) for number, value in values.items()]
+    entries = [
+        dataclasses.replace(small.latent_entry(0), reliance=reliance),
+        dataclasses.replace(small.latent_entry(1), reliance=reliance[:2]),
+    ]
+    content = dataclasses.replace(small.overview(), points=[], unexpected=[])
+    classes = [ClassEntry(number, []) for number in range(small.N_CLASSES)]
+    write_site(tmp_path, content, entries, classes)
+    small.write_thumbnails(tmp_path)
+    watched = Watched(browser, tmp_path)
+    page = watched.open("latent.html#0", "#0")
+    for title, numbers in (("raises", [4, 2]), ("lowers", [7, 6])):
+        table = page.get_by_role("region", name=f"Classes that it {title} most")
+        names = [f"class name {number}" for number in numbers]
+        assert table.locator("tbody th a").all_inner_texts() == names
+    page = watched.open("latent.html#1", "#1")
+    assert page.get_by_role("region", name="Classes that it lowers most").count() == 0
+    # Nothing is on the ranked list: the page says why.
+    page = watched.open("index.html", "index")
+    assert page.locator("#no-ranked").inner_text() == "Nothing is above chance."
+    assert not page.locator("#filter-text").is_visible()
+    watched.check()
+    watched.context.close()
 
 
 def test_words_of_the_data_stay_words(watched):

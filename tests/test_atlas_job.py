@@ -11,12 +11,14 @@ from pyarrow import parquet
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from clipattr.attribution import load_reliance
 from clipattr.clip import embed_prompts, image_tower, load_clip
 from clipattr.config.schema import EVALUATE_JOBS
 from clipattr.main import run_script
 from clipattr.probes import LinearProbe, ProbeRecord, save_probe
 from clipattr.semantics.atlas_files import load_atlas
 from clipattr.semantics.labels import label_scores, semantic_mean
+from clipattr.semantics.unexpected import Threshold
 from tests.test_attribution_job import N_LATENTS, SITES, Job
 from tests.test_evaluate_sae import N_IMAGES, NAMES, noise
 from tests.tiny import save_tiny_clip
@@ -89,9 +91,18 @@ def test_means_and_labels_are_those_of_the_top_images(job: AtlasJob, site: str) 
             )
 
 
+def keep_everything(found: Tensor, by_chance: list[Tensor], *, level: float) -> Threshold:
+    return Threshold(0.0, len(found), sum(map(len, by_chance)) / len(by_chance))
+
+
 @pytest.mark.parametrize("site", SITES)
-def test_tables_have_a_row_per_latent_and_per_pair(job: AtlasJob, site: str) -> None:
-    folder = job.atlas(site)
+def test_tables_have_a_row_per_latent_and_per_pair(
+    job: AtlasJob, site: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of noise nothing is above chance; the list is what is tested.
+    monkeypatch.setattr("clipattr.semantics.unexpected.SIGMAS", -1e9)
+    monkeypatch.setattr("clipattr.jobs.atlas_unexpected.evidence_threshold", keep_everything)
+    folder = job.atlas(site, f"name=loose-{site}")
     table = parquet.read_table(folder / "latents.parquet").to_pydict()
     assert table["latent"] == list(range(N_LATENTS))
     fires = (job.dense(site) > 0).double().mean(dim=0)
@@ -101,6 +112,7 @@ def test_tables_have_a_row_per_latent_and_per_pair(job: AtlasJob, site: str) -> 
         assert any(value is not None for value in table[name]), name
     pairs = parquet.read_table(folder / "unexpected.parquet").to_pydict()
     ranks = [rank for rank in pairs["rank"] if rank is not None]
+    assert len(ranks) > 5
     assert ranks == list(range(1, len(set(pairs["latent"])) + 1))
     seen: set[int] = set()
     for rank, latent in zip(pairs["rank"], pairs["latent"], strict=True):
@@ -110,6 +122,13 @@ def test_tables_have_a_row_per_latent_and_per_pair(job: AtlasJob, site: str) -> 
     metrics = json.loads((folder / "metrics.json").read_text())["atlas"]
     assert metrics["unexpected"]["pairs"] == len(pairs["rank"])
     assert metrics["unexpected"]["latents"] == len(ranks)
+    by_chance = [metrics["unexpected"][f"by_shuffled_{what}"] for what in ("latents", "images")]
+    assert metrics["unexpected"]["by_chance"] == pytest.approx(sum(by_chance))
+    reliance = load_reliance(folder, job.identity)
+    assert reliance.mean_attribution.shape == (len(NAMES), N_LATENTS)
+    for row, (name, latent) in enumerate(zip(pairs["class"], pairs["latent"], strict=True)):
+        value = reliance.mean_attribution[NAMES.index(name), latent]
+        assert pairs["mean_attribution"][row] == pytest.approx(float(value), rel=1e-5)
     assert metrics["images"] == N_IMAGES
 
 
@@ -155,9 +174,9 @@ def test_a_probe_drives_what_the_names_of_its_classes_mean(job: AtlasJob) -> Non
     job.save_probe(list(NAMES))
     folder = job.atlas("last", f"probe={job.folder / 'probe'}", "name=probe")
     assert (folder / "report" / "index.html").is_file()
-    table = parquet.read_table(folder / "unexpected.parquet").to_pydict()
-    plain = parquet.read_table(job.atlas("last") / "unexpected.parquet").to_pydict()
-    assert table != plain
+    found, plain = (load_reliance(each) for each in (folder, job.atlas("last")))
+    assert found.origin.head == {"probe": str(job.folder / "probe")}
+    assert not torch.equal(found.mean_attribution, plain.mean_attribution)
 
 
 def test_a_probe_of_other_classes_is_refused(

@@ -9,8 +9,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from clipattr.errors import DataError
+from clipattr.jobs.atlas_choice import latents_of_class, moved_classes
 from clipattr.report.atlas import Example, PairPoint, UnexpectedEntry, write_site
 from clipattr.report.atlas.scripts import rounded, script
 from tests import atlas_sites as small
@@ -50,15 +52,39 @@ def test_the_table_holds_what_the_files_hold(folder):
 def test_pairs_carry_words_and_pictures_of_their_latents(folder):
     classes = small.read_data(folder, "classes-1")  # 20 to 24
     assert len(classes) == 5
-    first = classes[2][0]  # latent 22 * 10 + 7
+    first = classes[2]["pairs"][0]  # latent 22 * 10 + 7
     assert first[0] == 227
     assert first[-4:] == [small.HOSTILE_LATENT, "word227", [681, 682, 683, 684], small.HOSTILE]
-    assert classes[2][1][3] is None  # share_positive that is not known
+    assert classes[2]["pairs"][1][3] is None  # share_positive that is not known
     ranked = small.read_data(folder, "overview")["unexpected"]
     assert [row[:2] for row in ranked] == [
         [each.class_number, each.pair.latent] for each in small.unexpected()
     ]
-    assert small.read_data(folder, "overview")["classes"][0] == [30, 3, 0.25]
+    rows = small.read_data(folder, "overview")["classes"]
+    assert rows[0] == [30, 3, 0.25]
+    assert rows[5][:2] == [30, 3 + 1234]  # also those that the page leaves out
+    assert (classes[2]["more"], small.read_data(folder, "classes-0")[5]["more"]) == (0, 1234)
+
+
+@pytest.mark.parametrize("n_raised", [1, 3, 40])
+def test_classes_that_a_latent_moves_by_a_plain_loop(n_raised):
+    mean = torch.randn(9, 6, generator=torch.Generator().manual_seed(0))
+    mean[:, 1], mean[:, 2], mean[2:, 3] = mean[:, 1].abs(), -mean[:, 2].abs(), 0
+    for latent, found in enumerate(moved_classes(mean, n_raised=n_raised)):
+        column = mean[:, latent].tolist()
+        raised = sorted((n for n in range(9) if column[n] > 0), key=lambda n: -column[n])
+        lowered = sorted((n for n in range(9) if column[n] < 0), key=lambda n: column[n])
+        assert found == raised[:n_raised] + lowered[: math.ceil(n_raised / 2)]
+
+
+@pytest.mark.parametrize("unexpected", [[], [5, 0], [5, 0, 3, 7]])
+def test_latents_on_the_page_of_a_class_by_a_plain_loop(unexpected):
+    row = torch.tensor([0.5, -0.9, 0.3, 0.8, 0.7, 0.1, 0.0, 0.2])
+    found = latents_of_class(row, unexpected, n_each=3)
+    others = [n for n in (3, 4, 0, 2, 7, 5) if n not in unexpected]
+    assert found.unexpected == unexpected[:3]
+    assert found.others == others[:3]
+    assert found.n_more == max(0, len(unexpected) - 3)
 
 
 def test_heatmaps_are_packed_row_by_row(folder):

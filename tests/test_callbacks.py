@@ -24,6 +24,8 @@ from clipattr.training.trainer import build_tester
 from tests.tiny import save_tiny_clip
 
 N_IMAGES, N_LATENTS, K = 30, 24, 4
+# Of every class, where an area is divided by the score.
+BIAS = 2.0
 
 
 class Scene(NamedTuple):
@@ -94,6 +96,7 @@ def faithfulness(scene: Scene, targets: Tensor, **changes) -> FaithfulnessCallba
         "overlap_top": 2,
         "resamples": 50,
         "seed": 0,
+        "bias": torch.full((3,), BIAS),
     }
     return FaithfulnessCallback(scene.spliced, scene.weights, targets, **(options | changes))
 
@@ -107,7 +110,7 @@ def test_faithfulness_equals_a_plain_loop(scene, tmp_path):
     for image in range(n_images):
         effects = exact_effects(scene, image, int(targets[image]))
         order = sorted(effects, key=lambda j: -effects[j])
-        curve = plain_deletion(scene, image, int(targets[image]), order)
+        curve = [BIAS + each for each in plain_deletion(scene, image, int(targets[image]), order)]
         area += sum((a + b) / 2 for a, b in zip(curve[:-1], curve[1:], strict=True)) / K
         clean += curve[0]
     result = callback.results[Method.exact]

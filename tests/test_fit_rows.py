@@ -176,6 +176,22 @@ def test_broken_rows_stop_the_training(monkeypatch: pytest.MonkeyPatch):
         fit_sae([rows], steps=40, k=3, n_latents=24, batch_size=4)
 
 
+def test_a_watch_that_would_never_be_called_is_refused():
+    seen: list[int] = []
+    options = {"watch": lambda step, sae: seen.append(step), **SMALL}
+    with pytest.raises(ConfigError, match=r"watch_every=500 with 6 steps: .* of 1 to 6"):
+        fit_sae(activations(), steps=6, **options)
+    with pytest.raises(ConfigError, match="watch_every=7 with 6 steps"):
+        fit_sae(activations(), epochs=1, watch_every=7, **options)
+    with pytest.raises(ConfigError, match="watch_every=0 with 6 steps"):
+        fit_sae(activations(), steps=6, watch_every=0, **options)
+    with pytest.raises(ConfigError, match="watch_every=3 without watch"):
+        fit_sae(activations(), steps=6, watch_every=3, **SMALL)
+    assert not seen
+    fit_sae(activations(), steps=6, watch_every=6, **options)
+    assert seen == [6]
+
+
 def test_progress(capsys: pytest.CaptureFixture[str]):
     fit_sae(activations(), steps=6, progress=True, **SMALL)
     assert "6/6" in capsys.readouterr().err

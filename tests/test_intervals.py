@@ -8,6 +8,7 @@ from clipattr.errors import DataError
 from clipattr.metrics import intervals
 from clipattr.metrics.intervals import (
     bootstrap_mean,
+    bootstrap_positive_ratio,
     bootstrap_ratio,
     bootstrap_ratio_difference,
     bootstrap_statistic,
@@ -123,3 +124,17 @@ def test_undefined_numbers_are_refused_with_their_count(generator):
         bootstrap_mean(values[:1], resamples=10, generator=generator)
     with pytest.raises(DataError, match="not finite in 10 of 10"):
         bootstrap_ratio(torch.ones(3), torch.zeros(3), resamples=10, generator=generator)
+
+
+@pytest.mark.parametrize(("shift", "is_defined"), [(2, (1, 1)), (0, (1, 0)), (-2, (0, 0))])
+def test_a_ratio_to_what_is_not_positive_is_not_defined(shift: int, is_defined: tuple[int, int]):
+    """Where a resample alone is not positive, the ratio is defined and its interval is not."""
+    below = torch.linspace(-0.9, 1, 21).double() + shift
+    above = below.square()
+    draws = [torch.Generator().manual_seed(0) for _ in range(2)]
+    found = bootstrap_positive_ratio(above, below, resamples=50, generator=draws[0])
+    expected = bootstrap_ratio(above, below, resamples=50, generator=draws[1])
+    known = [expected.mean, *expected[1:]]
+    defined = [is_defined[0], is_defined[1], is_defined[1]]
+    known = [value if is_it else torch.nan for value, is_it in zip(known, defined, strict=True)]
+    assert list(found) == pytest.approx(known, nan_ok=True)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -6,8 +7,11 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from clipattr.errors import CheckpointError
-from clipattr.probes.files import ProbeRecord, load_probe, save_probe
+from clipattr.files import save_weights
+from clipattr.probes.files import ProbeRecord, load_head, load_probe, save_probe
+from clipattr.probes.heads import AttentionProbe, MlpProbe
 from clipattr.probes.linear import LinearProbe
+from clipattr.probes.sparse import SparseProbe
 
 MODEL = {"name": "planted-world", "weights_sha256": "abc"}
 RECORD = ProbeRecord(["intact", "cracked", "other"], MODEL, "cls", "f00d", {"accuracy": 0.5})
@@ -60,15 +64,58 @@ def test_class_names_must_fit(probe: LinearProbe, tmp_path: Path):
         save_probe(probe, tmp_path, record)
 
 
+HEADS = {
+    "linear": lambda: LinearProbe(6, 3),
+    "mlp": lambda: MlpProbe(6, 3, hidden=4),
+    "attention": lambda: AttentionProbe(6, 3, n_heads=2),
+    "sparse": lambda: SparseProbe(6, 3),
+}
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_every_kind_makes_the_round_trip(kind: str, tmp_path: Path):
+    head = HEADS[kind]()
+    for parameter in head.parameters():
+        torch.nn.init.normal_(parameter)
+    save_probe(head, tmp_path, replace(RECORD, feature="residual stream, layer 3"))
+    loaded, record = load_head(tmp_path, expected_model=MODEL)
+    assert type(loaded) is type(head)
+    for name, tensor in head.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    assert record.feature == "residual stream, layer 3"
+    with pytest.raises(CheckpointError, match="kind is '|feature is 'residual stream, layer 3'"):
+        load_probe(tmp_path)
+
+
+def test_reads_schema_1(probe: LinearProbe, tmp_path: Path):
+    old = {"architecture": "linear", "feature": "embedding, L2-normalised", "d_in": 5}
+    fields = {name: value for name, value in asdict(RECORD).items() if name != "feature"}
+    save_weights(tmp_path, "probe", probe.state_dict(), {**old, **fields}, 1)
+    loaded, record = load_probe(tmp_path, expected_model=MODEL)
+    assert torch.equal(loaded.weight, probe.weight)
+    assert record == RECORD
+    for name, value in (("architecture", "mlp"), ("feature", "raw embedding"), ("d_in", "5")):
+        save_weights(tmp_path, "probe", probe.state_dict(), {**old, **fields, name: value}, 1)
+        with pytest.raises(CheckpointError, match=f"{name} is '{value}'|whole numbers"):
+            load_probe(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"feature": "raw embedding"}, "feature is 'raw embedding', expected 'embedding, L2"),
-        ({"architecture": "mlp"}, "architecture is 'mlp'"),
-        ({"schema_version": 0}, "schema_version is 0"),
+        ({"kind": "resnet"}, "kind is 'resnet', expected linear, mlp"),
+        ({"kind": "mlp"}, r"settings are .*'d_in': 5.*, expected \['d_in', 'hidden'\]"),
+        (
+            {"kind": "attention", "settings": {"d_in": 5, "n_heads": 2}},
+            "probe.json: n_heads=2: must divide",
+        ),
+        ({"schema_version": 0}, "schema_version is 0, expected 1 or 2"),
         ({"class_names": ["a", "b"]}, r"bias is torch.float32 \[3\], allowed .*\[2\]"),
-        ({"class_names": 3}, "class_names a list"),
-        ({"d_in": 4}, r"\[3, 4\]"),
+        ({"class_names": 3}, "class_names must be a list"),
+        ({"settings": {"d_in": 4}}, r"\[3, 4\]"),
+        ({"settings": {"d_in": True}}, "whole numbers"),
+        ({"settings": 5}, "settings are 5"),
         ({"label": "cls"}, r"unexpected fields \['label'\]"),
     ],
 )

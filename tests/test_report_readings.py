@@ -115,9 +115,17 @@ def test_amplification_reading_follows_the_interval(amplification, words):
 
 
 def test_the_list_of_the_atlas_in_words():
-    found = UnexpectedResult([], 0.15, 0.8, ["a", "b"], ["a"], 20, 77, 1.5)
+    found = UnexpectedResult([], 0.15, 0.8, 0.05, 0.6, ["a", "b"], ["a"], 20, 77, 1.5)
     text = readings.unexpected_reading(found)
-    for part in ("1 of the 2 kinds", "first 20", "recall 80 %", "precision 15 %", "77", "1.5"):
+    for part in (
+        "1 of the 2 kinds",
+        "first 20",
+        "recall 80 %",
+        "precision 15 %",
+        "60 %",
+        "77",
+        "1.5",
+    ):
         assert part in text
     nothing = dataclasses.replace(found, kinds_learned=[], kinds_found=[])
     assert "learned no planted failure" in readings.unexpected_reading(nothing)

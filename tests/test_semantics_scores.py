@@ -187,4 +187,5 @@ def test_describe_latents_puts_the_columns_together():
     torch.testing.assert_close(found.clarity, clarity(embeddings, examples))
     assert torch.equal(found.nearest_latent, nearest_directions(W_dec).latent)
     assert torch.equal(found.position, direction_map(W_dec).positions)
-    assert all(len(column) == 4 for column in found)
+    assert torch.equal(found.map_shares, direction_map(W_dec).shares)
+    assert all(len(column) == 4 for column in found if column is not found.map_shares)

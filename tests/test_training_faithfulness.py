@@ -179,8 +179,6 @@ def test_fit_sae_can_be_watched(clip):
         assert torch.equal(value, watched.state_dict()[name]), name
     assert list(seen) == [5, 10, 15, 20]
     assert seen[20] == measure_faithfulness(watched, held_out) != seen[15]
-    with pytest.raises(ConfigError, match="watch_every=0"):
-        fit_sae(x, **options, watch_every=0)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +251,9 @@ def check_last(demo: Demo, name: str) -> None:
     assert [row["step"] for row in rows] == [9, 19, 29]
     for method, numbers in evaluate(demo, name).items():
         for number in NUMBERS:
-            expected = pytest.approx(numbers[number]["mean"], rel=1e-5)
+            value = numbers[number]["mean"]
+            value = math.nan if value is None else value
+            expected = pytest.approx(value, rel=1e-5, nan_ok=True)
             assert rows[-1][f"val/{method}/{number}"] == expected
 
 

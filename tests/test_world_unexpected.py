@@ -16,7 +16,7 @@ def grade(listed: list[Listed], failures: list[tuple[Failure, bool]]):
     first = torch.tensor([True, True, False, False])
     nothing = torch.zeros(4, dtype=torch.bool)
     return grade_list(
-        FoundList(listed, 1.5),
+        FoundList(listed, listed[:1], 1.5),
         failures,
         activations=activations,
         shows_factor=[first, *([~first] * (len(failures) - 1))],
@@ -40,6 +40,8 @@ def test_ranks_precision_and_recall() -> None:
     assert found.kinds_learned == ["spurious_context", "polysemous_word"]
     assert found.kinds_found == ["spurious_context"]
     assert (found.n_listed, found.n_graded, found.n_by_chance) == (4, 20, 1.5)
+    # The baseline has the first row alone, which is no planted pair.
+    assert (found.precision_of_evidence, found.recall_of_evidence) == (0, 0)
 
 
 def test_what_was_not_learned_counts_neither_way() -> None:
@@ -67,7 +69,7 @@ def test_images_of_the_class_itself_say_nothing() -> None:
     factor = torch.tensor([True, False, False, False])
     of_class = torch.tensor([False, False, True, True])
     found = grade_list(
-        FoundList([Listed("star fish", 0, "x")], 0.0),
+        FoundList([Listed("star fish", 0, "x")], [], 0.0),
         [(STAR, True)],
         activations=activations,
         shows_factor=[factor],

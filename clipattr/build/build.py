@@ -38,7 +38,8 @@ class Options(NamedTuple):
     Attributes:
         limits: how much a shard holds.
         pictures: what to do with images.
-        split: parts, such as {"train": 0.9, "val": 0.1}, each a folder; None for a single set.
+        split: parts, such as {"train": 0.9, "val": 0.1}, each a folder; None for a single set, or
+            for the splits that the source has.
         shuffle: mix the samples. Shards that are sorted by class ruin training.
         seed: another one gives another order, but never another split.
     """
@@ -92,7 +93,7 @@ def build_shards(
     n_all = len(source.names) + len(source.failures)
     allowed = int(max_bad_fraction * n_all)
     plan = describe(source, options)
-    _compare_plan(folder, plan, options.split or {})
+    _compare_plan(folder, plan, options.split or set(source.splits or ()))
     try:
         _check_failures(folder, source.failures, n_all, allowed)
         jobs = _make_jobs(source, folder, options)
@@ -125,6 +126,7 @@ def _make_jobs(source: Source, folder: Path, options: Options) -> list[Job]:
 def describe(source: Source, options: Options) -> dict[str, object]:
     """What decides the bytes of the shards, as plain JSON."""
     pictures = options.pictures
+    own_splits = None if options.split else source.splits
     rewrites = bool(pictures.encode or pictures.resize)
     return {
         "format": FORMAT,
@@ -140,6 +142,7 @@ def describe(source: Source, options: Options) -> dict[str, object]:
         "pictures": pictures._asdict(),
         "pillow": PIL.__version__ if rewrites else None,
         "split": options.split and [[name, part] for name, part in options.split.items()],
+        "source_splits": None if own_splits is None else hash_rows(own_splits),
         "shuffle": options.shuffle,
         "seed": options.seed,
     }

@@ -26,6 +26,7 @@ class Columns(NamedTuple):
     label: str | None
     caption: str | None
     group: str | None
+    split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,10 @@ def choose_columns(
     label: str | None = None,
     caption: str | None = None,
     group: str | None = None,
+    split: str | None = None,
 ) -> Columns:
     """The names, checked; those of label and caption that are not asked for may be absent."""
-    for name in (path, label, caption, group):
+    for name in (path, label, caption, group, split):
         if name is not None and name not in found:
             raise ConfigError(f"{where} has no column {name!r}; it has {', '.join(found)}")
     return Columns(
@@ -65,6 +67,7 @@ def choose_columns(
         label or (LABEL if LABEL in found else None),
         caption or (CAPTION if CAPTION in found else None),
         group,
+        split,
     )
 
 

@@ -23,7 +23,8 @@ class Naming(NamedTuple):
         path: the column of paths in a manifest, of images in a hub set.
         label: the column of labels.
         caption: the column of captions.
-        group: the column that decides the split.
+        group: the column whose values stay together in a split.
+        split: the column that names the split of each image.
         root: the folder that the paths of a manifest start from; default: its own.
         hub_config: which configuration of a hub set.
         hub_split: which of its splits; default: train.
@@ -33,6 +34,7 @@ class Naming(NamedTuple):
     label: str | None = None
     caption: str | None = None
     group: str | None = None
+    split: str | None = None
     root: Path | None = None
     hub_config: str | None = None
     hub_split: str | None = None
@@ -40,7 +42,7 @@ class Naming(NamedTuple):
 
 FIELDS_OF = {
     "folder of images": (),
-    "manifest": ("path", "label", "caption", "group", "root"),
+    "manifest": ("path", "label", "caption", "group", "split", "root"),
     "tar set": (),
     "hub set": ("path", "label", "caption", "group", "hub_config", "hub_split"),
 }
@@ -86,6 +88,7 @@ def open_source(
             label=naming.label,
             caption=naming.caption,
             group=naming.group,
+            split=naming.split,
         )
         return read_listed(table, columns, naming.root or path.parent, classes)
     if path.is_dir() and not any(path.glob("*.tar")):

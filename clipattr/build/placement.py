@@ -18,6 +18,8 @@ from clipattr.errors import ConfigError, DataError
 
 # The headers of a sample's members, and those of its members that are not counted.
 OVERHEAD = 4096
+# The order in which splits are written and reported; others come behind, sorted.
+SPLITS = ("train", "val", "valid", "validation", "test")
 SPLIT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}")
 
 
@@ -57,11 +59,14 @@ def place_samples(
     shuffle: bool = True,
     seed: int = 0,
 ) -> list[Place]:
-    """All shards, split by split; every row of the source is in one of them."""
+    """All shards, split by split; every row of the source is in one of them.
+
+    Without `split`, those of the source hold, if it has any.
+    """
     names = np.array([_hash(f"order {seed}", name) for name in source.names], dtype=np.uint64)
     everything = np.argsort(names, kind="stable") if shuffle else np.arange(len(names))
     if not split:
-        return _cut(source, "", everything, limits)
+        return _place_in_own_splits(source, everything, limits)
     groups = source.names if source.groups is None else source.groups
     chosen = _choose_splits(groups, split)[everything]
     places: list[Place] = []
@@ -71,6 +76,26 @@ def place_samples(
             raise DataError(f"split {name!r} gets none of the {len(names)} samples")
         places += _cut(source, name, rows, limits)
     return places
+
+
+def _place_in_own_splits(
+    source: Source, rows: Int64[np.ndarray, " sample"], limits: Limits
+) -> list[Place]:
+    """As the source says: `split` would have asked for others."""
+    if source.splits is None:
+        return _cut(source, "", rows, limits)
+    chosen = np.array(source.splits)[rows]
+    return [
+        place
+        for name in order_splits(source.splits)
+        for place in _cut(source, name, rows[chosen == name], limits)
+    ]
+
+
+def order_splits(splits: Sequence[str]) -> list[str]:
+    """Each once: train, val and test, and then others."""
+    found = set(splits)
+    return [name for name in SPLITS if name in found] + sorted(found.difference(SPLITS))
 
 
 def parse_split(text: str) -> dict[str, float]:

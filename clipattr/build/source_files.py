@@ -108,6 +108,7 @@ def source_of_files(
     captions: list[str] | None = None,
     table: dict[str, list[object]] | None = None,
     groups: list[str] | None = None,
+    splits: list[str] | None = None,
     classes: tuple[str, ...] | None = None,
     ignored: Mapping[str, int],
 ) -> Source:
@@ -124,6 +125,7 @@ def source_of_files(
         items=items.select,
         sha256=hash_rows(rows),
         groups=groups,
+        splits=splits,
         classes=classes,
         failures=failures,
         ignored=dict(ignored),

@@ -18,8 +18,15 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 
-class _Walk:
-    """All files below a folder, sorted by name."""
+class Walk:
+    """All image files below a folder, sorted by name.
+
+    Attributes:
+        files: their names are relative to the folder.
+        failures: images that cannot be looked at.
+        ignored: what is no image, by kind.
+        folders: the names of the sub-folders.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = os.path.join(root, "")
@@ -71,7 +78,7 @@ def read_folder(root: Path, classes: Sequence[str] | None = None) -> Source:
             class may have no image; an image of a folder that is none of them is a failure.
     """
     try:
-        walk = _Walk(root)
+        walk = Walk(root)
     except OSError as error:
         raise DataError(f"{error.filename} cannot be read: {error.strerror}") from None
     failures = walk.failures

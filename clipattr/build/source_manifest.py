@@ -5,13 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clipattr.build.manifest import Columns, Table
+from clipattr.build.placement import SPLIT_NAME
 from clipattr.build.source_files import File, inspect_file, source_of_files
 from clipattr.build.sources import ItemError, Source, Trouble, as_texts, number_labels
 from clipattr.errors import ConfigError
 
 
 def read_listed(
-    table: Table, columns: Columns, root: Path, classes: Sequence[str] | None = None
+    table: Table,
+    columns: Columns,
+    root: Path,
+    classes: Sequence[str] | None = None,
+    *,
+    are_names: bool = False,
 ) -> Source:
     """The files that a table lists, in its order.
 
@@ -20,15 +26,17 @@ def read_listed(
         columns: the names of those that have a meaning.
         root: where relative paths start, and what no path leads out of.
         classes: names in the order of the labels.
+        are_names: a label such as 7 is a name, too.
     """
     base = os.path.join(os.path.abspath(root), "")
     failures = list(table.failures)
     paths = as_texts(table.columns[columns.path], columns.path)
     texts = table.texts(columns.label)
-    numbered = None if texts is None else number_labels(texts, classes)
+    numbered = None if texts is None else number_labels(texts, classes, are_names=are_names)
     if numbered is None and classes is not None:
         raise ConfigError(f"{table.path} has no column of labels, to which classes belong")
     groups = table.texts(columns.group)
+    splits = table.texts(columns.split)
     files: list[File] = []
     good: list[int] = []
     first: dict[str, int] = {}
@@ -41,6 +49,9 @@ def read_listed(
                 raise numbered.bad[row]
             if groups is not None and not groups[row].strip():
                 raise ItemError(Trouble.malformed, f"the column {columns.group} is empty")
+            if splits is not None and not SPLIT_NAME.fullmatch(splits[row]):
+                what = f"the column {columns.split} holds {splits[row]!r}, which names no split"
+                raise ItemError(Trouble.malformed, what)
             files.append(inspect_file(name, base + name))
             good.append(row)
         except ItemError as bad:
@@ -55,6 +66,7 @@ def read_listed(
         captions=None if captions is None else [captions[row] for row in good],
         table={name: [values[row] for row in good] for name, values in table.columns.items()},
         groups=None if groups is None else [groups[row] for row in good],
+        splits=None if splits is None else [splits[row] for row in good],
         classes=None if numbered is None else numbered.classes,
         ignored=dict(table.ignored.most_common()),
     )

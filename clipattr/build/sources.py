@@ -109,6 +109,7 @@ class Source:
         kind: folder, manifest, tars or hub.
         names: of each sample, unique; they decide split and order.
         groups: of each sample, where samples with one group belong in one split.
+        splits: of each sample, where the source has splits of its own.
         sizes: bytes of each sample, as far as they are known without reading it.
         items: the items of some rows.
         sha256: over all that decides what is written, but the bytes of the images.
@@ -124,6 +125,7 @@ class Source:
     items: Callable[[Sequence[int]], Items]
     sha256: str
     groups: Sequence[str] | None = None
+    splits: Sequence[str] | None = None
     classes: tuple[str, ...] | None = None
     failures: list[Failure] = field(default_factory=list)
     ignored: Mapping[str, int] = field(default_factory=dict)

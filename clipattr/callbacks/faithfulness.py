@@ -12,12 +12,16 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from clipattr.attribution import active_order, area_under, completeness_gap, listed_steps, steps_of
+from clipattr.attribution.curves import check_steps
 from clipattr.callbacks.base import ReadoutCallback
 from clipattr.callbacks.effects import EffectReader, Effects
 from clipattr.callbacks.faithfulness_result import (
     COLUMNS,
     Faithfulness,
     Unrestricted,
+    check_images,
+    check_methods,
+    check_targets,
     mean_by_class,
     summarise,
     summarise_unrestricted,
@@ -53,7 +57,8 @@ class FaithfulnessCallback(ReadoutCallback):
         Args:
             spliced: the model and its SAE, at any site.
             weights: rows of the head; of a probe with its `bias`.
-            targets: the class that each image is explained for, by its row number.
+            targets: the class that each image is explained for, by its row number. Rows for which
+                there is none, because there are fewer of them, are left out.
             methods: logit_lens among them: the others are compared with it.
             n_steps: latents that a curve edits; no more than can be active.
             ig_steps: points of integrated gradients.
@@ -62,9 +67,16 @@ class FaithfulnessCallback(ReadoutCallback):
             seed: of the intervals, and of the random orders.
             bias: of the classes.
             sum_classes: fill `class_totals`, the attribution summed over the images of each class,
-                and `rankings`, its first latents: 8 bytes x classes x latents for each method;
-                and `counts`, of images of each class in which attribution patching is positive.
+                and `rankings`, its first latents, of `random` an order drawn for the class: 8 bytes
+                x classes x latents for each method; and `counts`, of images of each class in which
+                attribution patching is positive.
+
+        Raises:
+            ConfigError: for `n_steps` below 1, methods without logit_lens, targets without a row.
         """
+        check_steps(n_steps)
+        check_methods(methods)
+        check_targets(targets, len(weights))
         sae = spliced.sae
         has_tokens = spliced.cut.site.tokens != "cls"
         self.spliced = spliced
@@ -149,7 +161,9 @@ class FaithfulnessCallback(ReadoutCallback):
         for slot, row in enumerate(rows.tolist()):
             generator = torch.Generator().manual_seed((self.seed << 32) + row)
             number = int(is_active[slot].sum())
-            draws[slot, is_active[slot]] = torch.rand(number, generator=generator).to(draws)
+            # Above 0, so that a sum over images tells what fired.
+            drawn = torch.rand(number, generator=generator).clamp(min=2**-25)
+            draws[slot, is_active[slot]] = drawn.to(draws)
         return draws
 
     def _compare(
@@ -168,6 +182,7 @@ class FaithfulnessCallback(ReadoutCallback):
     def finish(self) -> None:
         """Intervals over images; areas are divided by the clean score, sums first."""
         rows, scores = self.scores.compute()
+        check_images(len(scores), 2)
         tables = {method: table.compute().values for method, table in self.tables.items()}
         classes = self.targets[rows.to(self.targets.device)].to(scores.device)
         for method, table in tables.items():
@@ -187,12 +202,27 @@ class FaithfulnessCallback(ReadoutCallback):
         )
         for method, sums in self.class_sums.items():
             self.class_totals[method] = sums.compute()
-            self.rankings[method] = self.class_totals[method].topk(self.n_steps, dim=1).indices
+            self.rankings[method] = self._rank(method).topk(self.n_steps, dim=1).indices
         for counts in self.class_counts.values():
             self.counts = counts.compute()
         if Method.integrated_gradients in tables:
-            missing = tables[Method.integrated_gradients][:, COLUMNS.index("missing")]
-            self.completeness_gap = float(missing.sum() / scores[:, 1].abs().sum())
+            completeness = self.results[Method.integrated_gradients].completeness
+            assert completeness is not None, "its attributions have units"
+            self.completeness_gap = completeness.mean
+
+    def _rank(self, method: Method) -> Float64[Tensor, "class latent"]:
+        """What orders the latents of a class.
+
+        A sum of random numbers would order them by how often they fire, which is a method.
+        """
+        totals = self.class_totals[method]
+        if method is not Method.random:
+            return totals
+        generator = torch.Generator().manual_seed(self.seed)
+        places = torch.stack(
+            [torch.randperm(totals.shape[1], generator=generator) for _ in range(len(totals))]
+        )
+        return torch.where(totals > 0, places.to(totals), -1.0)
 
     def means(self) -> dict[Method, dict[str, float | int]]:
         """The numbers of `results` over all images, merged over processes, without intervals.
@@ -201,6 +231,7 @@ class FaithfulnessCallback(ReadoutCallback):
         interval is not defined.
         """
         _, scores = self.scores.compute()
+        check_images(len(scores), 1)
         together = scores.new_zeros(len(scores), dtype=torch.int64)
         return {
             method: mean_by_class(table.compute().values, scores, together)[0]

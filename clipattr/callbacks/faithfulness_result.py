@@ -1,5 +1,6 @@
 """From numbers of images to a faithfulness table: intervals, paired differences, class means."""
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -7,10 +8,11 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 
 from clipattr.config.choices import Method
+from clipattr.errors import ConfigError, DataError
 from clipattr.metrics.intervals import (
     Interval,
     bootstrap_mean,
-    bootstrap_ratio,
+    bootstrap_positive_ratio,
     bootstrap_ratio_difference,
 )
 from clipattr.metrics.matrix_sum import MatrixSum
@@ -24,7 +26,11 @@ _UNDEFINED = Interval(float("nan"), float("nan"), float("nan"))
 
 
 class Faithfulness(NamedTuple):
-    """Result of one method."""
+    """Result of one method; nan is what is not defined.
+
+    An AUC is not where the clean scores do not add up to more than 0, because its order of methods
+    would be the wrong way round; a drop, a gain and a gap are not where no latent changes a score.
+    """
 
     deletion_curve: list[float]
     insertion_curve: list[float]
@@ -75,15 +81,43 @@ class _Bootstrap(NamedTuple):
         return bootstrap_mean(defined, resamples=self.resamples, generator=generator)
 
     def ratio(self, above: Tensor, below: Tensor) -> Interval:
-        """Sums first."""
+        """Sums first; nan where they are divided by nothing above 0."""
         generator = self._generator(below)
-        return bootstrap_ratio(above, below, resamples=self.resamples, generator=generator)
+        return bootstrap_positive_ratio(above, below, resamples=self.resamples, generator=generator)
 
     def difference(self, one: Tensor, other: Tensor, below: Tensor) -> Interval:
-        """Of two ratios, paired."""
+        """Of two such ratios, paired."""
         generator = self._generator(below)
         return bootstrap_ratio_difference(
             one, other, below, resamples=self.resamples, generator=generator
+        )
+
+
+def check_methods(methods: Collection[Method]) -> None:
+    """ConfigError without the one that all are compared with."""
+    if Method.logit_lens not in methods:
+        found = ", ".join(method.name for method in methods) or "none"
+        raise ConfigError(
+            f"methods ({found}): logit_lens must be among them, which the others are compared with"
+        )
+
+
+def check_targets(targets: Int[Tensor, " images"], n_classes: int) -> None:
+    """ConfigError for a class that the head does not have."""
+    outside = targets[(targets < 0) | (targets >= n_classes)]
+    if len(outside):
+        raise ConfigError(
+            f"targets: {int(outside[0])} is no class of the head, whose {n_classes} rows are the "
+            f"classes 0 to {n_classes - 1}"
+        )
+
+
+def check_images(n_images: int, least: int) -> None:
+    """DataError for a table of too few images."""
+    if n_images < least:
+        raise DataError(
+            f"faithfulness: {n_images} images were measured, at least {least} are needed; they are "
+            "the rows of the batches that are below the number of targets"
         )
 
 
@@ -169,11 +203,15 @@ def mean_by_class(
     scores: Float64[Tensor, "images 2"],
     classes: Int[Tensor, " images"],
 ) -> dict[int, dict[str, float | int]]:
-    """The same numbers without intervals, of the images of each class that has any."""
+    """The same numbers without intervals, of the images of each class that has any.
+
+    The areas are nan where the clean scores of the class do not add up to more than 0.
+    """
     found: dict[int, dict[str, float | int]] = {}
     for number in classes.unique().tolist():
         rows, clean = table[classes == number], scores[classes == number, 0]
-        areas = rows[:, : len(AREAS)].sum(dim=0) / clean.sum()
+        below = clean.sum()
+        areas = torch.where(below > 0, rows[:, : len(AREAS)].sum(dim=0) / below, torch.nan)
         agreements = rows[:, len(AREAS) : len(AREAS) + len(AGREEMENTS)].nanmean(dim=0)
         names = (*(f"{name}_auc" for name in AREAS), *(f"{name}_exact" for name in AGREEMENTS))
         numbers = dict(zip(names, torch.cat([areas, agreements]).tolist(), strict=True))

@@ -10,7 +10,13 @@ from torch import Tensor
 from clipattr.attribution import area_under, listed_steps
 from clipattr.callbacks.base import ReadoutCallback
 from clipattr.callbacks.effects import EffectReader
-from clipattr.callbacks.faithfulness_result import summarise_areas, summarise_difference
+from clipattr.callbacks.faithfulness_result import (
+    check_images,
+    check_methods,
+    check_targets,
+    summarise_areas,
+    summarise_difference,
+)
 from clipattr.config.choices import Method
 from clipattr.metrics.intervals import Interval
 from clipattr.metrics.per_image import PerImage
@@ -41,6 +47,13 @@ class GlobalDeletionCallback(ReadoutCallback):
         resamples: int,
         seed: int,
     ) -> None:
+        """What is edited; rows for which there is no target are left out.
+
+        Raises:
+            ConfigError: for rankings without logit_lens, and targets without a row in the head.
+        """
+        check_methods(rankings)
+        check_targets(targets, len(reader.weights))
         self.reader = reader
         self.targets = targets
         self.rankings = rankings
@@ -71,8 +84,10 @@ class GlobalDeletionCallback(ReadoutCallback):
 
     def finish(self) -> None:
         """Intervals over images, as of the local curves."""
-        clean = self.scores.compute().values[:, 0]
         tables = {method: table.compute().values for method, table in self.tables.items()}
+        # torchmetrics takes the axes from a result of one number, such as one clean score.
+        check_images(len(tables[Method.logit_lens]), 2)
+        clean = self.scores.compute().values[:, 0]
         reference = tables[Method.logit_lens][:, 0]
         draw = {"resamples": self.resamples, "seed": self.seed}
         for method, table in tables.items():

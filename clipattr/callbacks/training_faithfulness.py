@@ -30,7 +30,7 @@ class HeldOut(NamedTuple):
     """of this process, where several share the images"""
     weights: Float[Tensor, "class embed"]
     targets: Int[Tensor, " image"]
-    """the class of each image, by its row number"""
+    """the class of each image, by its row number; rows that are beyond them are left out"""
     bias: Float[Tensor, " class"] | None = None
     """of a probe"""
 
@@ -42,6 +42,10 @@ def measure_faithfulness(sae: Sae, held_out: HeldOut, *, n_steps: int = 10) -> d
     Names are `fvu` and `<method>/<number>`; the numbers are those of `FaithfulnessCallback`, and
     nan where they are not defined. With several processes each gives its images, and all get the
     numbers of all. Nothing is drawn, and the SAE is left as it is: give one in eval mode.
+
+    Raises:
+        ConfigError: for `n_steps` below 1, and a target that is no row of the weights.
+        DataError: when there is no image.
     """
     spliced = Spliced(held_out.cut, sae)
     table = FaithfulnessCallback(

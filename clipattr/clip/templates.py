@@ -32,9 +32,10 @@ class ClassNames(NamedTuple):
     names: tuple[str, ...]
 
 
-def load_templates(name: str) -> tuple[str, ...]:
+def load_templates(name: str, *, setting: str = "templates") -> tuple[str, ...]:
     """The templates of a named set, of a text file (one a line), or the one that `name` itself is.
 
+    `setting` is what an error calls it.
     The 80 templates and the 7 best are those of Radford et al. 2021, Learning transferable visual
     models from natural language supervision, as open_clip ships them.
     """
@@ -45,7 +46,7 @@ def load_templates(name: str) -> tuple[str, ...]:
     path = Path(name)
     if not path.is_file():
         raise ConfigError(
-            f"templates={name!r}: neither a set ({', '.join(TEMPLATES)}), nor a template with "
+            f"{setting}={name!r}: neither a set ({', '.join(TEMPLATES)}), nor a template with "
             f"{SLOT}, nor a text file"
         )
     templates = _read_lines(path)
@@ -57,8 +58,11 @@ def load_templates(name: str) -> tuple[str, ...]:
     return templates
 
 
-def load_class_names(classes: Sequence[str]) -> ClassNames:
-    """The classes themselves, or of one entry: `imagenet`, or a text file with one name a line."""
+def load_class_names(classes: Sequence[str], *, setting: str = "classes") -> ClassNames:
+    """The classes themselves, or of one entry: `imagenet`, or a text file with one name a line.
+
+    `setting` is what an error calls them.
+    """
     if list(classes) == [IMAGENET]:
         words = tuple(IMAGENET_CLASSNAMES)
         shared = {word for word in words if words.count(word) > 1}
@@ -71,7 +75,8 @@ def load_class_names(classes: Sequence[str]) -> ClassNames:
     path = Path(classes[0])
     if not path.is_file():
         raise ConfigError(
-            f"classes={list(classes)}: one entry is {IMAGENET} or a text file with one name a line"
+            f"{setting}={list(classes)}: one entry is {IMAGENET} or a text file with one name a "
+            "line; name at least two classes"
         )
     names = _read_lines(path)
     first: dict[str, int] = {}

@@ -33,8 +33,8 @@ class AtlasConfig:
     """words per latent"""
     pool: TokenPool = TokenPool.max
     """what the activations at the tokens of an image become: max, mean or sum"""
-    shuffles: int = 1
-    """times that the latents of every image are shuffled, to count what chance finds"""
+    shuffles: int = 5
+    """times that latents, and images, are shuffled to count what chance finds"""
     level: float = 0.05
     """share of the unexpected pairs that chance may find; it sets the evidence threshold"""
     shown: int = 12

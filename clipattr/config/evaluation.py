@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from clipattr.config.choices import Method
 from clipattr.config.limits import check_label, check_not_negative, check_positive
@@ -15,7 +16,7 @@ class FaithfulnessConfig:
     methods: list[Method] = field(default_factory=lambda: list(Method))
     """attribution methods to compare"""
     images: int = 1000
-    """images of the faithfulness table"""
+    """images of the faithfulness table; at least 2"""
     steps: int = 16
     """latents deleted one after the other in a curve; no more than can be active"""
     ig_steps: int = 64
@@ -31,6 +32,10 @@ class FaithfulnessConfig:
         """Raise ConfigError when a value cannot work."""
         check_positive(self, "evaluation", "images", "steps", "ig_steps", "overlap_top")
         check_positive(self, "evaluation", "resamples")
+        if self.images == 1:
+            raise ConfigError(
+                "evaluation.images=1: at least 2 are needed, because every interval is over images"
+            )
         if len(set(self.methods)) < len(self.methods):
             raise ConfigError("evaluation.methods names a method twice")
         if Method.logit_lens not in self.methods:
@@ -59,6 +64,8 @@ class EvaluationConfig(FaithfulnessConfig):
 class ClassesConfig:
     """Classes named in words."""
 
+    section: ClassVar[str] = "zeroshot"
+
     classes: list[str] = field(default_factory=list)
     """names in the order of their numbers; or [FILE] with one name a line; or [imagenet]"""
     templates: str = "simple"
@@ -66,18 +73,14 @@ class ClassesConfig:
 
     def check(self) -> None:
         """Raise ConfigError when a value cannot work."""
-        self.check_classes("zeroshot")
-
-    def check_classes(self, section: str) -> None:
-        """Raise ConfigError when there are no classes; `section` is the name of this one."""
         if not self.classes:
             raise ConfigError(
-                f"{section}.classes=[]: name at least two classes, or one text file with a name a "
-                "line, or [imagenet]"
+                f"{self.section}.classes=[]: name at least two classes, or one text file with a "
+                "name a line, or [imagenet]"
             )
         repeated = [name for name, times in Counter(self.classes).items() if times > 1]
         if repeated:
-            raise ConfigError(f"{section}.classes: {', '.join(repeated)} stands there twice")
+            raise ConfigError(f"{self.section}.classes: {', '.join(repeated)} stands there twice")
 
 
 @dataclass

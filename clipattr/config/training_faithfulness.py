@@ -1,6 +1,7 @@
 """Settings of the faithfulness that is measured while an SAE trains."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from clipattr.config.evaluation import ClassesConfig
 from clipattr.config.limits import check_positive
@@ -11,6 +12,8 @@ from clipattr.errors import ConfigError
 class TrainingFaithfulnessConfig(ClassesConfig):
     """Held-out images, explained for the class that CLIP predicts, through the SAE of a step."""
 
+    section: ClassVar[str] = "faithfulness"
+
     images: int = 256
     """held-out images, spread over the shards; they stay in memory"""
     every: int = 500
@@ -20,7 +23,7 @@ class TrainingFaithfulnessConfig(ClassesConfig):
 
     def check(self) -> None:
         """Raise ConfigError when a value cannot work."""
-        self.check_classes("faithfulness")
+        super().check()
         check_positive(self, "faithfulness", "images", "every", "steps")
 
     def check_training(self, steps: int, *, is_transcoder: bool, shard_latents: bool) -> None:

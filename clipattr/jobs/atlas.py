@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from clipattr.atomic import write_text
+from clipattr.attribution import Reliance, RelianceOrigin, save_reliance
 from clipattr.clip import Clip
 from clipattr.config.schema import Atlas
 from clipattr.data import write_thumbnails
@@ -45,6 +46,8 @@ _OUTPUTS = (
     METRICS,
     f"{STEM}.json",
     f"{STEM}.safetensors",
+    "reliance.json",
+    "reliance.safetensors",
     LATENTS,
     UNEXPECTED,
     UNEXPECTED_CSV,
@@ -157,6 +160,7 @@ def _save(
         found.top.values,
     )
     save_atlas(AtlasFile(tensors, origin), run.path)
+    save_reliance(_reliance(config, origin, found, scored), run.path)
     described = {
         "model": config.model.name,
         "site": json.dumps(spliced.cut.site.to_json()),
@@ -169,6 +173,24 @@ def _save(
     write_table(pairs, run.path / UNEXPECTED, described)
     write_text(run.path / UNEXPECTED_CSV, format_table(pairs))
     run.write_metrics({"atlas": _collect(found, semantics, unexpected)})
+
+
+def _reliance(config: Atlas, origin: AtlasOrigin, found: Found, scored: Scored) -> Reliance:
+    """On what each class relies, in the form of `evaluate_attribution`."""
+    reliance = found.reliance
+    head = {"probe": config.probe} if config.probe else {"prompts": config.zeroshot.templates}
+    described = RelianceOrigin(
+        class_names=list(scored.texts.names),
+        n_images=reliance.n_images,
+        over=reliance.over,
+        model=origin.model,
+        site=origin.site,
+        sae=config.sae,
+        head=head,
+    )
+    return Reliance(
+        reliance.mean_attribution, reliance.share_of_images, reliance.share_positive, described
+    )
 
 
 def _collect(found: Found, semantics: Semantics, unexpected: Unexpected) -> dict[str, object]:
@@ -192,6 +214,8 @@ def _collect(found: Found, semantics: Semantics, unexpected: Unexpected) -> dict
             "pairs": len(unexpected.pairs),
             "classes": len({pair.class_number for pair in unexpected.pairs}),
             "by_chance": threshold.n_by_chance,
+            "by_shuffled_latents": unexpected.by_names,
+            "by_shuffled_images": unexpected.by_meanings,
             "false_discovery_rate": threshold.false_discovery_rate,
             "evidence_threshold": threshold.evidence if threshold.n_found else None,
             "before_threshold": unexpected.n_candidates,
@@ -203,11 +227,15 @@ def _log(unexpected: Unexpected, scored: Scored) -> None:
     threshold, texts = unexpected.threshold, scored.texts
     logger.info("")
     logger.info(
-        "%d latents drive a class that they do not mean; chance finds %.1f as strong (%.1f %%)",
+        "%d latents drive a class and mean something else, or a part of its name; as strong are "
+        "%.1f of shuffled latents and %.1f of shuffled images (%.1f %%)",
         threshold.n_found,
-        threshold.n_by_chance,
+        unexpected.by_names,
+        unexpected.by_meanings,
         100 * threshold.false_discovery_rate,
     )
+    if not threshold.n_found:
+        logger.info("(few images leave latents with too few examples to mean anything)")
     logger.info(
         "%4s  %-20s %7s  %9s %9s  %s", "rank", "class", "latent", "evidence", "alignment", "why"
     )

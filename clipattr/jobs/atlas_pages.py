@@ -9,6 +9,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from clipattr.config.schema import Atlas
+from clipattr.jobs.atlas_choice import latents_of_class, moved_classes
 from clipattr.jobs.atlas_inputs import Scored
 from clipattr.jobs.atlas_pass import Found
 from clipattr.jobs.atlas_tables import latent_numbers
@@ -31,10 +32,12 @@ from clipattr.report.atlas import (
 from clipattr.runs import RunFolder, read_json
 from clipattr.semantics.describe import Semantics
 from clipattr.semantics.kinds import Kind
-from clipattr.semantics.unexpected import LABEL_SHARE, MAIN_SHARE, SIGMAS
+from clipattr.semantics.unexpected import MAIN_SHARE, SIGMAS
 
 # Pairs of the scatter beside the unexpected ones.
 _POINTS = 2000
+# Images below which the meaning of a latent has no standard error.
+_FEWEST = 2
 _COLUMNS = {
     "frequency": ("frequency", "share of the images in which the latent fires"),
     "mean_activation": ("mean activation", "over the images in which it fires"),
@@ -125,10 +128,13 @@ class _Pages:
             ],
             class_names=texts.names,
             score_name="logit" if config.probe is not None else "cosine with the prompt",
+            over=self.found.reliance.over,
+            map_shares=self._map_shares(),
             unexpected=[
                 UnexpectedEntry(pair.class_number, self._pair(pair.class_number, pair.latent))
                 for pair in self.unexpected.listed
             ],
+            if_empty=self._why_empty(),
             points=self._points(),
             manifest={
                 name: value if isinstance(value, str) else json.dumps(value)
@@ -141,11 +147,10 @@ class _Pages:
         threshold = self.unexpected.threshold
         settings = self.config.atlas
         rule = (
-            "A pair of a class and a latent is unexpected where the latent drives the class (its "
-            f"mean attribution is at least {MAIN_SHARE:.0%} of the largest that the latent has for "
-            "any class) and its images are nearer to another word than to the class (by "
-            f"{SIGMAS:.0f} standard errors), or a part of the class's name is among its labels "
-            f"(with at least {LABEL_SHARE:.0%} of the best label's score)."
+            "A latent is unexpected for a class that it drives (its mean attribution is at least "
+            f"{MAIN_SHARE:.0%} of the largest that the latent has for any class) where its images "
+            "are nearer to another word than to the class, or to a part of the class's name, each "
+            f"by {SIGMAS:.0f} standard errors over images on which the word was not chosen."
         )
         ranking = (
             "Evidence is the share of the class's positive attribution that comes from the latent, "
@@ -153,12 +158,31 @@ class _Pages:
             "Similar classes share latents: the list has each latent once, for its strongest class."
         )
         null = (
-            "With the names of the latents shuffled in every image the same steps find "
-            f"{threshold.n_by_chance:.1f} latents at least as strong, for {threshold.n_found} with "
-            f"their true names ({threshold.false_discovery_rate:.1%}; the limit is "
+            f"The list has {threshold.n_found} latents. The same steps find "
+            f"{self.unexpected.by_names:.1f} at least as strong where latents are shuffled in each "
+            f"image, and {self.unexpected.by_meanings:.1f} where images are shuffled, so that no "
+            f"latent means anything ({threshold.false_discovery_rate:.1%} together; the limit is "
             f"{settings.level:.0%}). What kind a pair is of, rules suggest; look at the pictures."
         )
         return [rule, ranking, null]
+
+    def _why_empty(self) -> str:
+        """What a reader without a list asks."""
+        n_candidates, n_examples = self.unexpected.n_candidates, self.semantics.n_examples
+        n_unknown = int((n_examples < _FEWEST).sum())
+        found = (
+            f"Of {n_candidates:,} unexpected pairs of a class and a latent none is above chance."
+            if n_candidates
+            else "No latent drives a class and means something else."
+        )
+        return (
+            f"Nothing is listed. {found} {n_unknown:,} of {len(n_examples):,} latents fire on "
+            f"fewer than {_FEWEST} images, too few to say what they mean; more images may help."
+        )
+
+    def _map_shares(self) -> tuple[float, float]:
+        first, second = self.semantics.map_shares
+        return float(first), float(second)
 
     def _points(self) -> list[PairPoint]:
         """All unexpected pairs, and the strongest of the others."""
@@ -182,9 +206,8 @@ class _Pages:
     def latents(self) -> Iterator[LatentEntry]:
         """One entry after the other: no list of all of them."""
         words = self.scored.texts.words
-        n_classes = min(self.config.atlas.classes_shown, len(self.mean))
-        strongest = self.mean.abs().topk(n_classes, dim=0).indices.T.tolist()
-        for latent, classes in enumerate(strongest):
+        moved = moved_classes(self.mean, n_raised=self.config.atlas.classes_shown)
+        for latent, classes in enumerate(moved):
             rows = self.semantics.labels[latent].tolist()
             scores = self.semantics.label_scores[latent].tolist()
             is_dead = rows[0] < 0
@@ -215,23 +238,15 @@ class _Pages:
         return None if value is None else float(value)
 
     def classes(self) -> Iterator[ClassEntry]:
-        """The latents that drive each class most, and all that are unexpected."""
-        n_shown = min(2 * self.config.atlas.classes_shown, self.mean.shape[1])
+        """The unexpected latents of strongest evidence, then the others that drive it most."""
+        n_each = 2 * self.config.atlas.classes_shown
         by_class: dict[int, list[int]] = {}
-        for number, latent in self.known:
-            by_class.setdefault(number, []).append(latent)
+        for pair in self.unexpected.pairs:
+            by_class.setdefault(pair.class_number, []).append(pair.latent)
         for number, row in enumerate(self.mean):
-            strongest = row.topk(n_shown)
-            driving = [
-                latent
-                for latent, value in zip(
-                    strongest.indices.tolist(), strongest.values.tolist(), strict=True
-                )
-                if value > 0
-            ]
-            every = dict.fromkeys([*driving, *by_class.get(number, [])])
-            ordered = sorted(every, key=lambda latent: -float(row[latent]))
-            yield ClassEntry(number, [self._pair(number, latent) for latent in ordered])
+            found = latents_of_class(row, by_class.get(number, []), n_each=n_each)
+            pairs = [self._pair(number, latent) for latent in (*found.unexpected, *found.others)]
+            yield ClassEntry(number, pairs, found.n_more)
 
     def _reliance(self, number: int, latent: int) -> Reliance:
         pair = self.known.get((number, latent))

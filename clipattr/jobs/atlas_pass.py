@@ -6,6 +6,7 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from clipattr.attribution.reliance_files import ALL_IMAGES, IMAGES_OF_CLASS
 from clipattr.callbacks import (
     ClassReliance,
     ExamplesCallback,
@@ -36,6 +37,8 @@ class Reliance(NamedTuple):
     share_positive: Float[Tensor, "class latent"]
     share_of_images: Float[Tensor, "*classes latent"]
     over: str
+    n_images: list[int]
+    """over which the numbers of each class are"""
 
 
 class Chance(NamedTuple):
@@ -125,15 +128,16 @@ def _read(reliance: RelianceCallback | ClassReliance | ShuffledReliance) -> Reli
     assert reliance.mean_attribution is not None, "after the test"
     mean = reliance.mean_attribution.cpu()
     match reliance:
-        case RelianceCallback(share_positive=positive, share_of_images=share):
+        case RelianceCallback(share_positive=positive, share_of_images=share, n_images=n_images):
             assert positive is not None, "signs are asked for"
             assert share is not None, "after the test"
-            return Reliance(mean, positive.cpu(), share.cpu(), "all images")
+            counts = [n_images] * len(mean)
+            return Reliance(mean, positive.cpu(), share.cpu(), ALL_IMAGES, counts)
         case ClassReliance(counts=counts):
             assert counts is not None, "after the test"
             positive = counts.positive.cpu() / counts.fired.cpu()
             share = counts.fired.cpu() / counts.images.cpu().clamp(min=1)[:, None]
-            return Reliance(mean, positive, share, "images of the class")
+            return Reliance(mean, positive, share, IMAGES_OF_CLASS, counts.images.tolist())
         case _:
             raise AssertionError("what chance finds has no signs")
 

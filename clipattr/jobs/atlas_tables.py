@@ -75,7 +75,7 @@ def pair_columns(unexpected: Unexpected, scored: Scored, semantics: Semantics) -
         "latent": [pair.latent for pair in pairs],
         "label": [texts.words[best[pair.latent]] for pair in pairs],
         "evidence": [pair.evidence for pair in pairs],
-        "share_of_class": [pair.share for pair in pairs],
+        "share_of_attribution": [pair.share for pair in pairs],
         "specificity": [pair.specificity for pair in pairs],
         "mean_attribution": [pair.attribution for pair in pairs],
         "share_of_images": [pair.share_of_images for pair in pairs],

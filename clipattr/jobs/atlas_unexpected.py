@@ -13,10 +13,11 @@ from clipattr.jobs.atlas_pass import Chance, Found
 from clipattr.metrics.class_spread import ClassSpreadResult
 from clipattr.semantics.describe import Semantics
 from clipattr.semantics.kinds import Evidence, Suggestion, suggest_kinds
-from clipattr.semantics.labels import alignment, semantic_mean, top_labels
+from clipattr.semantics.labels import alignment
 from clipattr.semantics.unexpected import (
     Candidates,
     Meanings,
+    Texts,
     Threshold,
     Verdict,
     compare,
@@ -56,8 +57,11 @@ class Unexpected(NamedTuple):
     pairs: list[Pair]
     threshold: Threshold
     """of the latents, each by its strongest pair"""
+    by_names: float
+    """as strong ones of shuffled latents, a mean over the shuffles"""
+    by_meanings: float
+    """of shuffled images, of which no latent means anything"""
     n_candidates: int
-    """unexpected pairs of any evidence"""
     alignment: Float[Tensor, "latent class"]
     counterparts: Int[Tensor, " class"]
     """the latent that means each class and drives it most; -1: none"""
@@ -73,47 +77,53 @@ def find_unexpected(
 ) -> Unexpected:
     """Candidates of the true names, above the evidence that false names reach."""
     texts = scored.texts
-    has_part = find_parts(texts.class_words, texts.words)
     meanings = Meanings(
         scored.embeddings,
         found.top.ids[:, :n_examples],
-        semantics.labels,
-        semantics.label_scores,
         texts.of_words,
         texts.of_classes,
-        has_part,
+        find_parts(texts.class_words, texts.words),
     )
     speaks_for = speaking_for(found.reliance.mean_attribution)
     candidates = find_candidates(found.reliance.mean_attribution, speaks_for)
     verdict = judge(candidates, meanings)
-    by_chance = [
-        _evidence_by_chance(chance, speaks_for, meanings, texts.empty) for chance in found.chance
-    ]
-    unexpected = verdict.is_unexpected
-    strongest = _strongest(candidates.select(unexpected))
-    threshold = evidence_threshold(strongest, by_chance, level=level)
-    kept = unexpected & (candidates.evidence >= threshold.evidence)
-    order = kept.nonzero().flatten()
-    order = order[candidates.evidence[order].argsort(descending=True, stable=True)]
+    by_names = [_by_names(chance, speaks_for, meanings) for chance in found.chance]
+    seeds = range(len(by_names))
+    by_meanings = [_unexpected_evidence(candidates, meanings.without_meaning(s)) for s in seeds]
+    together = [torch.cat(both) for both in zip(by_names, by_meanings, strict=True)]
+    unexpected = candidates.select(verdict.is_unexpected)
+    threshold = evidence_threshold(_strongest(unexpected), together, level=level)
+    order = candidates.evidence.argsort(descending=True, stable=True)
+    kept = verdict.is_unexpected & (candidates.evidence >= threshold.evidence)
+    order = order[kept[order]]
     aligned = alignment(semantics.means, texts.of_classes, texts.empty)
     counterparts = _find_counterparts(found.reliance.mean_attribution, aligned)
     chosen, verdict = candidates.select(order), Verdict(*(column[order] for column in verdict))
     describer = _Describer(found, semantics, scored, aligned, counterparts)
-    pairs = list(describer.pairs(chosen, verdict, meanings))
-    return Unexpected(pairs, threshold, int(unexpected.sum()), aligned, counterparts)
-
-
-def _evidence_by_chance(
-    chance: Chance, speaks_for: Tensor, meanings: Meanings, empty: Tensor
-) -> Tensor:
-    """The same steps with false names."""
-    means = semantic_mean(meanings.embeddings, chance.examples)
-    labels = top_labels(means, meanings.words, empty, n=meanings.labels.shape[1])
-    shuffled = meanings._replace(
-        examples=chance.examples, labels=labels.labels, label_scores=labels.scores
+    return Unexpected(
+        pairs=list(describer.pairs(chosen, verdict, meanings)),
+        threshold=threshold,
+        by_names=_mean_above(by_names, threshold),
+        by_meanings=_mean_above(by_meanings, threshold),
+        n_candidates=len(unexpected.classes),
+        alignment=aligned,
+        counterparts=counterparts,
     )
+
+
+def _by_names(chance: Chance, speaks_for: Tensor, meanings: Meanings) -> Tensor:
+    """The same steps with false names of the latents."""
     candidates = find_candidates(chance.mean_attribution, speaks_for)
-    return _strongest(candidates.select(judge(candidates, shuffled).is_unexpected))
+    return _unexpected_evidence(candidates, meanings._replace(examples=chance.examples))
+
+
+def _unexpected_evidence(candidates: Candidates, meanings: Meanings) -> Tensor:
+    """Of each latent that is unexpected in some pair, the evidence of its strongest."""
+    return _strongest(candidates.select(judge(candidates, meanings).is_unexpected))
+
+
+def _mean_above(found: list[Tensor], threshold: Threshold) -> float:
+    return sum(int((each >= threshold.evidence).sum()) for each in found) / len(found)
 
 
 def _strongest(candidates: Candidates) -> Tensor:
@@ -145,38 +155,50 @@ class _Describer:
         counterparts: Int[Tensor, " class"],
     ) -> None:
         self.found, self.texts = found, scored.texts
-        self.best = semantics.labels[:, 0]
         self.aligned, self.counterparts = aligned, counterparts
         # All images share a direction, which says nothing about how alike two latents are.
         self.centred = normalize(semantics.means - semantics.means.nanmean(dim=0), dim=1)
 
     def written_sigmas(
-        self, candidates: Candidates, meanings: Meanings
+        self, candidates: Candidates, words: Tensor, meanings: Meanings
     ) -> Float64[Tensor, " pair"]:
-        """By how much the images are nearer to the class's name in writing than to any word."""
-        best = self.best[candidates.latents].clamp(min=0)
-        towards = self.texts.of_written[candidates.classes]
-        examples = meanings.examples[candidates.latents]
-        away = self.texts.of_words[best]
-        return compare(meanings.embeddings, examples, towards=towards, away=away).sigmas
+        """By how much the images are nearer to the class's name in writing than to their word."""
+        return compare(
+            meanings.embeddings,
+            meanings.examples[:, 1::2],
+            candidates.latents,
+            towards=Texts(self.texts.of_written, candidates.classes),
+            away=Texts(self.texts.of_words, words),
+        ).sigmas
 
-    def evidence(self, number: int, latent: int, part: int, written_sigmas: float) -> Evidence:
+    def aligned_shares(self, candidates: Candidates) -> Float64[Tensor, " pair"]:
+        """Of the latents with a meaning, which share aligns with the class at least as well."""
+        known = self.aligned[~self.aligned[:, 0].isnan()]
+        shares = torch.zeros(len(candidates.classes), dtype=torch.float64)
+        for number in candidates.classes.unique().tolist():
+            rows = (candidates.classes == number).nonzero().flatten()
+            column = known[:, number].sort().values
+            below = torch.searchsorted(column, self.aligned[candidates.latents[rows], number])
+            shares[rows] = 1 - below.double() / len(column)
+        return shares
+
+    def evidence(
+        self, number: int, latent: int, part: int, word: int, written: float, aligned: float
+    ) -> Evidence:
         """What the rules read."""
-        column = self.aligned[:, number]
-        column = column[~column.isnan()]
         counterpart: int | None = int(self.counterparts[number])
         if counterpart in (-1, latent):
             counterpart = None
-        label = self.texts.words[int(self.best[latent])]
+        label = self.texts.words[word]
         lift, of_class = _read_spread(self.found.latents.spread, latent, number)
         return Evidence(
             class_name=self.texts.class_words[number],
             label=label,
             label_is_class=label in self.texts.class_words,
             part=self.texts.words[part] if part >= 0 else None,
-            written_sigmas=written_sigmas,
+            written_sigmas=written,
             alignment=float(self.aligned[latent, number]),
-            aligned_share=float((column >= self.aligned[latent, number]).double().mean()),
+            aligned_share=aligned,
             counterpart=counterpart,
             counterpart_cosine=(
                 None
@@ -189,7 +211,8 @@ class _Describer:
 
     def pairs(self, candidates: Candidates, verdict: Verdict, meanings: Meanings) -> Iterator[Pair]:
         """One row for each candidate, in their order."""
-        written = self.written_sigmas(candidates, meanings).tolist()
+        written = self.written_sigmas(candidates, verdict.word, meanings).tolist()
+        aligned, words = self.aligned_shares(candidates).tolist(), verdict.word.tolist()
         reliance, strength = self.found.reliance, candidates.evidence
         share = reliance.share_of_images.expand_as(reliance.mean_attribution)
         is_first = first_of_each_latent(candidates.latents, strength)
@@ -197,7 +220,8 @@ class _Describer:
         for row, (number, latent) in enumerate(
             zip(candidates.classes.tolist(), candidates.latents.tolist(), strict=True)
         ):
-            evidence = self.evidence(number, latent, int(verdict.part[row]), written[row])
+            part = int(verdict.part[row])
+            evidence = self.evidence(number, latent, part, words[row], written[row], aligned[row])
             yield Pair(
                 rank=ranks[row] if is_first[row] else None,
                 class_number=number,

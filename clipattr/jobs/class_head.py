@@ -46,7 +46,11 @@ class Classes(NamedTuple):
 
 def load_classes(settings: ClassesConfig) -> Classes:
     """Those that a config names."""
-    return Classes(load_class_names(settings.classes), load_templates(settings.templates))
+    section = settings.section
+    return Classes(
+        load_class_names(settings.classes, setting=f"{section}.classes"),
+        load_templates(settings.templates, setting=f"{section}.templates"),
+    )
 
 
 def needed_fields(label: str) -> tuple[str, ...]:

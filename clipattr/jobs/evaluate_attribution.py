@@ -15,6 +15,7 @@ from clipattr.attribution.reliance_files import ALL_IMAGES, IMAGES_OF_CLASS
 from clipattr.callbacks import FaithfulnessCallback, GlobalDeletionCallback, RelianceCallback
 from clipattr.config.choices import Method
 from clipattr.config.schema import EvaluateAttribution
+from clipattr.errors import ConfigError
 from clipattr.jobs.attribution_inputs import Head, Rows, load_head, needed, read_rows
 from clipattr.jobs.attribution_metrics import collect_faithfulness, log_table
 from clipattr.jobs.class_head import load_classes
@@ -52,6 +53,7 @@ def evaluate_attribution(config: EvaluateAttribution, command: list[str]) -> Non
     images = find_images(config.data.shards, config.data, needed(config), progress=progress)
     clip = load_model(config.model, config.trainer.accelerator)
     spliced = load_spliced(config, clip)
+    _check_overlap(config, spliced)
     head = load_head(config, clip)
     rows = read_rows(config, clip, spliced, images, head)
     run = plan.open()
@@ -91,6 +93,16 @@ def _describe_inputs(config: EvaluateAttribution) -> dict[str, object]:
     if config.probe is not None:
         weights += [Path(config.probe) / f"probe.{kind}" for kind in ("json", "safetensors")]
     return {**inputs, "weights": describe_files(weights)}
+
+
+def _check_overlap(config: EvaluateAttribution, spliced: Spliced) -> None:
+    """With several tokens an image has more active latents than a row."""
+    top, most = config.evaluation.overlap_top, spliced.sae.max_active
+    if spliced.cut.site.tokens == "cls" and top >= most:
+        raise ConfigError(
+            f"evaluation.overlap_top={top}: must be below the {most} active latents of "
+            f"{config.sae}; the overlap of all says nothing"
+        )
 
 
 def _test(

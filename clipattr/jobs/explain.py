@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
 from clipattr.atomic import write_bytes, write_text
@@ -20,11 +20,11 @@ from clipattr.codes import SparseCodes
 from clipattr.config.choices import ExplainMethod
 from clipattr.config.fields import suggest
 from clipattr.config.schema import Explain
-from clipattr.data.images import ImageError
 from clipattr.data.pixels import Pixels
 from clipattr.errors import ConfigError, DataError
 from clipattr.jobs.evaluate_sae import load_spliced
 from clipattr.jobs.explain_known import find_known, load_meanings, load_pictures
+from clipattr.jobs.image_file import decode_image_file, read_image_file
 from clipattr.jobs.model import load_model
 from clipattr.jobs.start import Plan, describe_files, describe_model
 from clipattr.probes import load_probe
@@ -34,7 +34,7 @@ from clipattr.spliced import Spliced
 
 logger = logging.getLogger(__name__)
 
-NUMBERS, PICTURE = "explanation.json", "explanation.png"
+NUMBERS, TABLE, PICTURE = "explanation.json", "explanation.txt", "explanation.png"
 # Images that go through the blocks behind the site at once.
 _CHUNK_ROWS = 64
 
@@ -49,14 +49,15 @@ class Head(NamedTuple):
 
 
 def explain(config: Explain, command: list[str]) -> None:
-    """Print the table; write explanation.json and explanation.png of the run."""
-    plan = Plan(config, command, _describe_inputs(config), (NUMBERS, PICTURE))
+    """Print the table; write explanation.json, explanation.txt and explanation.png of the run."""
+    plan = Plan(config, command, _describe_inputs(config), (NUMBERS, TABLE, PICTURE))
     if plan.is_finished():
+        logger.info("%s", (Path(config.runs) / config.name / TABLE).read_text(encoding="utf-8"))
         return
-    content = _read_file(config.image)
+    content = read_image_file(config.image)
     clip = load_model(config.model, config.trainer.accelerator)
     pixels = Pixels(clip.preprocess)
-    image = _decode(pixels, content, config.image)
+    image = decode_image_file(pixels, content, config.image)
     spliced = load_spliced(config, clip)
     atlas = load_meanings(config, clip)
     head = _load_head(config, clip)
@@ -77,13 +78,14 @@ def explain(config: Explain, command: list[str]) -> None:
         "kind": head.kind,
         "scores": [each.to_json() for each in scores],
     }
+    text = "\n".join(explanation_table(each) for each in scores)
     run = plan.open()
     write_text(run.path / NUMBERS, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    write_text(run.path / TABLE, text + "\n")
     write_bytes(run.path / PICTURE, explanation_png(image, scores, pictures))
     run.finish()
     logger.info("%s by %s, %s at %s", head.kind, config.method.name, config.image, run.path)
-    for each in scores:
-        logger.info("%s", explanation_table(each))
+    logger.info("%s", text)
 
 
 def _describe_inputs(config: Explain) -> dict[str, object]:
@@ -93,20 +95,6 @@ def _describe_inputs(config: Explain) -> dict[str, object]:
         if folder is not None:
             files += [Path(folder) / f"{stem}.{kind}" for kind in ("json", "safetensors")]
     return {"model": describe_model(config.model), "files": describe_files(files)}
-
-
-def _read_file(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"image={path}: cannot be read ({error.strerror})") from error
-
-
-def _decode(pixels: Pixels, content: bytes, path: str) -> UInt8[Tensor, "3 height width"]:
-    try:
-        return pixels.read(content)
-    except ImageError as error:
-        raise DataError(f"image={path}: cannot be decoded: {error}") from error
 
 
 def _load_head(config: Explain, clip: Clip) -> Head:

@@ -55,6 +55,8 @@ def _unexpected_metrics(grade: Grade | None) -> dict[str, object]:
         "unexpected": {
             "precision": grade.precision,
             "recall": grade.recall,
+            "precision_of_evidence": grade.precision_of_evidence,
+            "recall_of_evidence": grade.recall_of_evidence,
             "kinds_learned": grade.kinds_learned,
             "kinds_found": grade.kinds_found,
             "graded": grade.n_graded,

@@ -57,6 +57,8 @@ def unexpected_result(grade: Grade | None) -> UnexpectedResult | None:
         rows=rows,
         precision=grade.precision,
         recall=grade.recall,
+        precision_of_evidence=grade.precision_of_evidence,
+        recall_of_evidence=grade.recall_of_evidence,
         kinds_learned=grade.kinds_learned,
         kinds_found=grade.kinds_found,
         n_graded=grade.n_graded,

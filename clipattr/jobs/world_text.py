@@ -109,8 +109,8 @@ def describe_unexpected(metrics: dict[str, Any]) -> list[str]:
     learned, early = len(found["kinds_learned"]), len(found["kinds_found"])
     return [
         f"Told nothing: {early} of the {learned} kinds of failure that the model learned are among "
-        f"the first {found['graded']} of {found['listed']} unexpected latents; chance finds "
-        f"{found['by_chance']:.1f}."
+        f"the first {found['graded']} of {found['listed']} unexpected latents (shuffled "
+        f"latents and images put {found['by_chance']:.1f} on the list)."
     ]
 
 

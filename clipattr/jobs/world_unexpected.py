@@ -13,9 +13,11 @@ from jaxtyping import Bool, Float, Int
 from pyarrow import parquet
 from torch import Tensor
 
+from clipattr.attribution import load_reliance
 from clipattr.errors import DataError
 from clipattr.jobs.world_scorecard import latents_of
 from clipattr.runs import read_json
+from clipattr.semantics.unexpected import find_candidates, first_of_each_latent, speaking_for
 from clipattr.world.prompts import Failure
 
 CARRIES_AUROC = 0.8
@@ -59,13 +61,18 @@ class Grade(NamedTuple):
     n_graded: int
     n_listed: int
     n_by_chance: float
-    """pairs that shuffled latents give"""
+    """as strong ones of shuffled latents and images"""
+    precision_of_evidence: float
+    recall_of_evidence: float
+    """of the baseline"""
 
 
 class FoundList(NamedTuple):
     """What the job atlas found."""
 
     rows: list[Listed]
+    by_evidence: list[Listed]
+    """the same ranking of all latents that drive a class, whatever they mean: a baseline"""
     n_by_chance: float
 
 
@@ -81,7 +88,23 @@ def read_list(folder: str) -> FoundList:
     listed = [
         Listed(row["class"], row["latent"], row["kind"]) for row in rows if row["rank"] is not None
     ]
-    return FoundList(listed, metrics["atlas"]["unexpected"]["by_chance"])
+    return FoundList(listed, _rank_by_evidence(folder), metrics["atlas"]["unexpected"]["by_chance"])
+
+
+def _rank_by_evidence(folder: str) -> list[Listed]:
+    """What the evidence alone puts first."""
+    reliance = load_reliance(folder)
+    mean = reliance.mean_attribution
+    candidates = find_candidates(mean, speaking_for(mean))
+    evidence = candidates.evidence
+    order = evidence.argsort(descending=True, stable=True)
+    is_first = first_of_each_latent(candidates.latents, evidence)
+    ranked = candidates.select(order[is_first[order]])
+    names = reliance.origin.class_names
+    return [
+        Listed(names[number], latent, "")
+        for number, latent in zip(ranked.classes.tolist(), ranked.latents.tolist(), strict=True)
+    ]
 
 
 def grade_list(
@@ -93,33 +116,47 @@ def grade_list(
     shows_class: Sequence[Bool[Tensor, " image"]],
 ) -> Grade:
     """Of the failures with whether the model learned each, and their masks over the images."""
-    listed = found.rows
-    planted = [
-        _find(listed, failure, learned, activations[~of_class], has_factor[~of_class])
-        for (failure, learned), has_factor, of_class in zip(
-            failures, shows_factor, shows_class, strict=True
-        )
-    ]
+
+    def find_planted(listed: Sequence[Listed]) -> list[Planted]:
+        return [
+            _find(listed, failure, learned, activations[~of_class], has_factor[~of_class])
+            for (failure, learned), has_factor, of_class in zip(
+                failures, shows_factor, shows_class, strict=True
+            )
+        ]
+
+    planted = find_planted(found.rows)
+    learned = [each for each in planted if each.learned]
+    precision, recall = _measure(planted, found.rows)
+    baseline = _measure(find_planted(found.by_evidence), found.by_evidence)
+    return Grade(
+        planted=planted,
+        precision=precision,
+        recall=recall,
+        kinds_learned=_kinds(learned),
+        kinds_found=_kinds([each for each in learned if _is_early(each)]),
+        n_graded=TOP,
+        n_listed=len(found.rows),
+        n_by_chance=found.n_by_chance,
+        precision_of_evidence=baseline[0],
+        recall_of_evidence=baseline[1],
+    )
+
+
+def _is_early(planted: Planted) -> bool:
+    return planted.rank is not None and planted.rank <= TOP
+
+
+def _measure(planted: Sequence[Planted], listed: Sequence[Listed]) -> tuple[float, float]:
+    """Precision and recall of the first rows."""
+    learned = [each for each in planted if each.learned]
     true = {
-        (_class_of(each.failure), latent)
-        for each in planted
-        if each.learned
-        for latent in each.latents.tolist()
+        (_class_of(each.failure), latent) for each in learned for latent in each.latents.tolist()
     }
     first = listed[:TOP]
     hits = sum((row.class_name, row.latent) in true for row in first)
-    learned = [each for each in planted if each.learned]
-    early = [each for each in learned if each.rank is not None and each.rank <= TOP]
-    return Grade(
-        planted=planted,
-        precision=hits / len(first) if first else 0.0,
-        recall=len(early) / len(learned) if learned else 0.0,
-        kinds_learned=_kinds(learned),
-        kinds_found=_kinds(early),
-        n_graded=TOP,
-        n_listed=len(listed),
-        n_by_chance=found.n_by_chance,
-    )
+    n_early = sum(_is_early(each) for each in learned)
+    return hits / max(len(first), 1), n_early / max(len(learned), 1)
 
 
 def _find(

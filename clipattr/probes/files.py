@@ -1,23 +1,28 @@
-"""A probe on disk: probe.safetensors and probe.json, which says on what it was trained."""
+"""A probe on disk: probe.safetensors and probe.json, which says on what it was trained.
+
+Schema 2 names the kind of head and the settings it is built with; schema 1, which had linear
+probes alone, can be read.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
-from clipattr.errors import CheckpointError
-from clipattr.files import (
-    SCHEMA_VERSION,
-    check_field,
-    check_model,
-    check_tensors,
-    load_weights,
-    save_weights,
-)
+from clipattr.errors import CheckpointError, ConfigError
+from clipattr.files import check_field, check_model, check_tensors, load_weights, save_weights
+from clipattr.probes.heads import AttentionProbe, MlpProbe
 from clipattr.probes.linear import LinearProbe
+from clipattr.probes.sparse import SparseProbe
+
+EMBEDDING = "embedding, L2-normalised"
+"""The feature of a probe unless its record says another."""
+
+Head = LinearProbe | MlpProbe | AttentionProbe | SparseProbe
+"""What can be saved."""
 
 _STEM = "probe"
-_ARCHITECTURE = "linear"
-_FEATURE = "embedding, L2-normalised"
+_SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,7 @@ class ProbeRecord:
     label_field: str
     data_fingerprint: str
     metrics: dict[str, float] = field(default_factory=dict)
+    feature: str = EMBEDDING
 
     def __post_init__(self) -> None:
         """Refuse a record that does not say on what the probe was made."""
@@ -40,34 +46,104 @@ class ProbeRecord:
 
 
 _RECORD_FIELDS = tuple(each.name for each in fields(ProbeRecord))
-_FIELDS = frozenset({"architecture", "feature", "d_in", *_RECORD_FIELDS})
+_SCHEMAS = {
+    1: frozenset({"architecture", "d_in", *_RECORD_FIELDS}),
+    _SCHEMA: frozenset({"kind", "settings", *_RECORD_FIELDS}),
+}
 
 
-def save_probe(probe: LinearProbe, folder: Path | str, record: ProbeRecord) -> None:
+def save_probe(probe: Head, folder: Path | str, record: ProbeRecord) -> None:
     """Write folder/probe.safetensors and folder/probe.json, each atomically."""
-    n_classes, d_in = probe.weight.shape
+    kind, settings, n_classes = _describe(probe)
     check_field(
         Path(folder) / f"{_STEM}.json", "number of class names", len(record.class_names), n_classes
     )
-    description = {"architecture": _ARCHITECTURE, "feature": _FEATURE, "d_in": d_in}
-    save_weights(Path(folder), _STEM, probe.state_dict(), {**description, **asdict(record)})
+    description = {"kind": kind, "settings": settings, **asdict(record)}
+    save_weights(Path(folder), _STEM, probe.state_dict(), description, _SCHEMA)
 
 
 def load_probe(
     folder: Path | str, expected_model: Mapping[str, str] | None = None
 ) -> tuple[LinearProbe, ProbeRecord]:
-    """Read a probe onto the CPU; anything missing, unexpected or of another model is refused."""
+    """Read a linear probe of the embedding onto the CPU.
+
+    Anything missing, unexpected, of another model, kind or feature is refused.
+    """
+    path = Path(folder) / f"{_STEM}.json"
+    probe, record = load_head(folder, expected_model)
+    check_field(path, "kind", _describe(probe)[0], "linear")
+    check_field(path, "feature", record.feature, EMBEDDING)
+    assert isinstance(probe, LinearProbe), "its kind says so"
+    return probe, record
+
+
+def load_head(
+    folder: Path | str, expected_model: Mapping[str, str] | None = None
+) -> tuple[Head, ProbeRecord]:
+    """Read a head of any kind onto the CPU; record.feature says what it takes."""
     folder = Path(folder)
     path = folder / f"{_STEM}.json"
-    tensors, found = load_weights(folder, _STEM, {SCHEMA_VERSION: _FIELDS})
-    check_field(path, "architecture", found["architecture"], _ARCHITECTURE)
-    check_field(path, "feature", found["feature"], _FEATURE)
+    tensors, found = load_weights(folder, _STEM, _SCHEMAS)
+    if "architecture" in found:
+        check_field(path, "architecture", found["architecture"], "linear")
+        check_field(path, "feature", found["feature"], EMBEDDING)
+        found = {**found, "kind": "linear", "settings": {"d_in": found["d_in"]}}
     if expected_model is not None:
         check_model(path, found["model"], expected_model)
-    if not isinstance(found["d_in"], int) or not isinstance(found["class_names"], list):
-        raise CheckpointError(f"{path}: d_in must be a whole number and class_names a list")
+    if not isinstance(found["class_names"], list):
+        raise CheckpointError(f"{path}: class_names must be a list")
     record = ProbeRecord(**{name: found[name] for name in _RECORD_FIELDS})
-    probe = LinearProbe(found["d_in"], len(record.class_names))
+    probe = _build(path, found["kind"], found["settings"], len(record.class_names))
     check_tensors(path.with_suffix(".safetensors"), tensors, probe.state_dict())
     probe.load_state_dict(tensors)
     return probe, record
+
+
+def _describe(probe: Head) -> tuple[str, dict[str, int], int]:
+    """The kind, its settings, and the number of classes."""
+    match probe:
+        case MlpProbe():
+            hidden, d_in = probe.hidden.weight.shape
+            return "mlp", {"d_in": d_in, "hidden": hidden}, len(probe.output.weight)
+        case AttentionProbe():
+            settings = {"d_in": probe.keys.weight.shape[1], "n_heads": len(probe.query)}
+            return "attention", settings, len(probe.output.weight)
+        case SparseProbe():
+            n_classes, n_latents = probe.weight.shape
+            return "sparse", {"n_latents": n_latents}, n_classes
+        case LinearProbe():
+            n_classes, d_in = probe.weight.shape
+            return "linear", {"d_in": d_in}, n_classes
+
+
+def _build(path: Path, kind: object, settings: Any, n_classes: int) -> Head:
+    match kind:
+        case "linear":
+            (d_in,) = _settings(path, settings, "d_in")
+            return LinearProbe(d_in, n_classes)
+        case "mlp":
+            d_in, hidden = _settings(path, settings, "d_in", "hidden")
+            return MlpProbe(d_in, n_classes, hidden=hidden)
+        case "attention":
+            d_in, n_heads = _settings(path, settings, "d_in", "n_heads")
+            try:
+                return AttentionProbe(d_in, n_classes, n_heads=n_heads)
+            except ConfigError as error:
+                raise CheckpointError(f"{path}: {error}") from error
+        case "sparse":
+            (n_latents,) = _settings(path, settings, "n_latents")
+            return SparseProbe(n_latents, n_classes)
+        case _:
+            raise CheckpointError(
+                f"{path}: kind is {kind!r}, expected linear, mlp, attention or sparse"
+            )
+
+
+def _settings(path: Path, settings: Any, *names: str) -> list[int]:
+    """The sizes of these names, which must be all there is."""
+    if not isinstance(settings, dict) or settings.keys() != set(names):
+        raise CheckpointError(f"{path}: settings are {settings!r}, expected {sorted(names)}")
+    sizes = [settings[name] for name in names]
+    if not all(type(size) is int and size > 0 for size in sizes):
+        raise CheckpointError(f"{path}: settings {settings!r} must be whole numbers, at least 1")
+    return sizes

@@ -64,12 +64,14 @@ def search(
     *,
     tol: float,
     max_iter: int,
-    history: int = 10,
+    history: int = 20,
+    reference: float = float("inf"),
 ) -> Search:
     """Minimise; ends when the estimated distance to the minimum is at most tol * value.
 
     The estimate is half the squared length of the gradient in the metric of the inverse Hessian
-    that the search has learned: exact on a quadratic, and without a unit, as tol is.
+    that the search has learned: exact on a quadratic, and without a unit, as tol is. `reference` is
+    the value of a model that knows nothing: what is gained on it counts where it is less.
     """
     point = start
     now = yield point
@@ -77,7 +79,7 @@ def search(
     for n_iterations in range(max_iter):
         direction = -_inverse_hessian(now.gradient, pairs, precondition)
         slope = _dot(now.gradient, direction)
-        if -slope / 2 <= tol * abs(now.value):
+        if -slope / 2 <= _allowed(now.value, tol, reference):
             return Minimum(point, now.value, -slope / 2, n_iterations, True)
         landing = yield from _line_search(point, now, direction, slope)
         if landing is None:
@@ -89,7 +91,7 @@ def search(
         if bend > 0:
             pairs.append((moved, change, bend))
     gap = _dot(now.gradient, _inverse_hessian(now.gradient, pairs, precondition)) / 2
-    return Minimum(point, now.value, gap, max_iter, gap <= tol * abs(now.value))
+    return Minimum(point, now.value, gap, max_iter, gap <= _allowed(now.value, tol, reference))
 
 
 def solve(
@@ -108,6 +110,11 @@ def solve(
                 minima[number] = end.value
         points = waiting
     return [minima[number] for number in range(len(searches))]
+
+
+def _allowed(value: float, tol: float, reference: float) -> float:
+    """Largest distance to the minimum at which to end; less than rounding is not asked for."""
+    return max(tol * min(abs(value), reference - value), _NOISE * abs(value))
 
 
 def _dot(left: Tensor, right: Tensor) -> float:

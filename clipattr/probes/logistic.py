@@ -7,7 +7,8 @@ curvature enters as a Kronecker product of two small matrices (the curvature of 
 logits and the covariance of the features), which makes an iteration nearly a Newton step.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,16 +21,17 @@ from clipattr.probes.objective import (
     Problem,
     Rows,
     Spectrum,
+    entropies,
     evaluate,
     kronecker,
     mean_curvature,
     measure_moments,
 )
 
-# With fewer columns than this a pass is bound by reading the features, which all C can share;
-# with more, by arithmetic, and then it pays to start from the solution of the C before
-# (benchmarks/probes.py).
-_TOGETHER_BELOW = 16
+# Up to this many binary tasks are solved for all C at once: a pass is then bound by reading the
+# features. Otherwise it is bound by arithmetic, and it pays to start from the solutions of the C
+# before (benchmarks/probes.py).
+_MOST_TASKS_TOGETHER = 8
 
 
 class Solution(NamedTuple):
@@ -54,7 +56,7 @@ def solve_path(
     n_classes: int | None = None,
     weights: Float[Tensor, " row"] | None = None,
     standardise: bool = False,
-    tol: float = 1e-6,
+    tol: float = 1e-5,
     max_iter: int = 1000,
     together: bool | None = None,
 ) -> list[list[Solution]]:
@@ -72,17 +74,15 @@ def solve_path(
         together: all C in each pass over the features, or one after the other, each from the
             solution before; unless given, what is faster.
     """
-    _check(features, targets, Cs, n_classes)
-    s = features.new_ones(len(features), dtype=torch.float32) if weights is None else weights
-    if len(s) != len(features) or not bool((s >= 0).all()) or not float(s.sum()) > 0:
-        raise DataError("weights of rows: one for each row, none negative, not all 0")
-    rows, spectrum = _prepare(features, targets, s.float(), n_classes, standardise)
+    n_columns = check_targets(len(features), targets, Cs, n_classes)
+    s = check_weights(weights, features)
+    rows, spectrum = _prepare(features, targets, s, n_columns, standardise)
     n_tasks = targets.shape[1] if targets.ndim == 2 else 1
     total = float(s.sum(dtype=torch.float64))
     ascending = sorted(set(Cs))
     problems = [Problem(1 / (C * total), task) for C in ascending for task in range(n_tasks)]
     if together is None:
-        together = rows.n_columns * n_tasks < _TOGETHER_BELOW
+        together = rows.is_binary and n_tasks <= _MOST_TASKS_TOGETHER
     solver = _Solver(rows, spectrum, problems, tol, max_iter)
     minima = solver.together() if together else solver.in_turn(n_tasks)
     solved = {
@@ -112,12 +112,22 @@ class _Solver(NamedTuple):
         minima: list[Minimum] = []
         for first in range(0, len(self.problems), n_tasks):
             numbers = range(first, first + n_tasks)
-            before = [minima[i - n_tasks].point if i >= n_tasks else zero for i in numbers]
-            minima += self._solve(dict(zip(numbers, before, strict=True)))
+            starts = {i: self._ahead(minima[i % n_tasks :: n_tasks], i, n_tasks) for i in numbers}
+            minima += self._solve({i: zero if at is None else at for i, at in starts.items()})
         return minima
 
+    def _ahead(self, before: list[Minimum], number: int, n_tasks: int) -> Tensor | None:
+        """The line through the last two solutions of a task, straight in log C."""
+        if len(before) < 2:
+            return before[-1].point if before else None
+        older, last, ahead = (
+            math.log(self.problems[number - i * n_tasks].ridge) for i in (2, 1, 0)
+        )
+        far = (ahead - last) / (last - older)
+        return before[-1].point + far * (before[-1].point - before[-2].point)
+
     def _solve(self, starts: dict[int, Tensor]) -> list[Minimum]:
-        numbers = list(starts)
+        numbers, references = list(starts), entropies(self.rows)
         curvatures = mean_curvature(self.rows, starts)
         searches = [
             search(
@@ -125,19 +135,20 @@ class _Solver(NamedTuple):
                 kronecker(curvatures[number], self.spectrum, self.problems[number].ridge),
                 tol=self.tol,
                 max_iter=self.max_iter,
+                reference=references[self.problems[number].target],
             )
             for number in numbers
         ]
         problems = {i: self.problems[number] for i, number in enumerate(numbers)}
 
-        def evaluate_all(points: dict[int, Tensor]) -> dict[int, Evaluation]:
+        def evaluate_all(points: Mapping[int, Tensor]) -> dict[int, Evaluation]:
             return evaluate(self.rows, problems, points)
 
         return solve(searches, evaluate_all)
 
 
 def _prepare(
-    features: Tensor, targets: Tensor, weights: Tensor, n_classes: int | None, standardise: bool
+    features: Tensor, targets: Tensor, weights: Tensor, n_columns: int, standardise: bool
 ) -> tuple[Rows, Spectrum]:
     """Centred rows and the spectrum of their covariance."""
     moments = measure_moments(features, weights)
@@ -147,8 +158,6 @@ def _prepare(
     # A feature that never varies says nothing, whatever its unit.
     factor = torch.where(spread > 0, 1 / spread, 1) if standardise else torch.ones_like(spread)
     values, vectors = torch.linalg.eigh(factor[:, None] * moments.covariance * factor)
-    n_columns = 1 if targets.ndim == 2 else n_classes
-    assert n_columns is not None, "_check"
     rows = Rows(features, targets, weights, moments.mean.float(), factor.float(), n_columns)
     return rows, Spectrum(values, vectors)
 
@@ -162,16 +171,26 @@ def _raw(minimum: Minimum, C: float, total: float, rows: Rows) -> Solution:
     return Solution(C, weight, bias, objective, gap, minimum.n_iterations, minimum.converged)
 
 
-def _check(features: Tensor, targets: Tensor, Cs: Sequence[float], n_classes: int | None) -> None:
-    if len(targets) != len(features) or len(features) == 0:
-        raise DataError(f"{len(features)} rows of features and {len(targets)} of targets")
+def check_targets(n_rows: int, targets: Tensor, Cs: Sequence[float], n_classes: int | None) -> int:
+    """Columns of one problem; raises unless all of it makes sense."""
+    if len(targets) != n_rows or n_rows == 0:
+        raise DataError(f"{n_rows} rows of features and {len(targets)} of targets")
     if not Cs or not all(0 < C < float("inf") for C in Cs):
         raise ConfigError(f"Cs={list(Cs)}: at least one, each greater than 0 and finite")
     if targets.ndim == 2:
         if not bool(((targets == 0) | (targets == 1)).all()):
             raise DataError("targets of binary tasks: each must be 0 or 1")
-        return
+        return 1
     if n_classes is None or n_classes < 3:
         raise ConfigError(f"n_classes={n_classes}: two classes are a binary task, targets [row, 1]")
     if not bool(((targets >= 0) & (targets < n_classes)).all()):
         raise DataError(f"class numbers must lie between 0 and {n_classes - 1}")
+    return n_classes
+
+
+def check_weights(weights: Tensor | None, rows: Tensor) -> Float[Tensor, " row"]:
+    """Of the rows, in float32; 1 unless given."""
+    s = rows.new_ones(len(rows)) if weights is None else weights
+    if len(s) != len(rows) or not bool((s >= 0).all()) or not float(s.sum()) > 0:
+        raise DataError("weights of rows: one for each row, none negative, not all 0")
+    return s.float()

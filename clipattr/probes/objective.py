@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
-from torch.nn.functional import log_softmax, logsigmoid
+from torch.nn.functional import log_softmax, softplus
 
 from clipattr.probes.lbfgs import Evaluation, Precondition
 
@@ -93,10 +93,11 @@ def evaluate(
     W, bias = stacked[:, :-1].float(), stacked[:, -1].float()
     gradient = torch.zeros_like(stacked)
     losses = stacked.new_zeros(len(points))
-    targets = [problems[number].target for number in points]
+    columns = [problems[number].target for number in points]
     for place, u in rows.blocks(len(stacked)):
         logits = torch.addmm(bias, u, W.T).view(len(u), len(points), rows.n_columns)
-        loss, residual = _loss_of_block(rows, place, logits, targets)
+        targets = rows.targets[place][:, columns] if rows.is_binary else rows.targets[place]
+        loss, residual = loss_and_residual(logits, targets, rows.weights[place])
         losses += loss
         residual = residual.flatten(1)
         gradient[:, :-1] += (residual.T @ u).double()
@@ -112,22 +113,43 @@ def evaluate(
     return results
 
 
-def _loss_of_block(
-    rows: Rows, place: slice, logits: Float[Tensor, "block problem column"], targets: list[int]
-) -> tuple[Float64[Tensor, " problem"], Float[Tensor, "block problem column"]]:
-    """Weighted losses added up over the block, and their derivatives by the logits."""
-    weights = rows.weights[place, None]
+def entropies(rows: Rows) -> list[float]:
+    """Loss of a bias alone: of the classes, or of each binary task."""
+    weights = rows.weights.double()
+    total = weights.sum()
     if rows.is_binary:
-        wanted = rows.targets[place][:, targets].float()
-        z = logits.squeeze(2)
-        # log(1 + exp(-z)) for a 1, log(1 + exp(z)) for a 0.
-        loss = -logsigmoid(torch.where(wanted > 0, z, -z)) * weights
-        return loss.sum(0, dtype=torch.float64), ((z.sigmoid() - wanted) * weights)[:, :, None]
+        ones = weights @ rows.targets.double() / total
+        shares = torch.stack([ones, 1 - ones])
+    else:
+        shares = torch.bincount(rows.targets, weights)[:, None] / total
+    return torch.special.entr(shares).sum(0).tolist()
+
+
+def loss_and_residual(
+    logits: Float[Tensor, "block problem column"],
+    targets: Int[Tensor, " block"] | Float[Tensor, "block problem"],
+    weights: Float[Tensor, " block"],
+) -> tuple[Float64[Tensor, " problem"], Float[Tensor, "block problem column"]]:
+    """Weighted losses added up over the block, and their derivatives by the logits.
+
+    Floating-point targets are 0 and 1, of a sigmoid of one column.
+    """
+    if targets.is_floating_point():
+        wanted, z = targets > 0, logits.squeeze(2)
+        # Away from the target: neither loss nor derivative is a difference of numbers near 1.
+        away = torch.where(wanted, -z, z)
+        slope = away.sigmoid() * weights[:, None]
+        loss = softplus(away) * weights[:, None]
+        return loss.sum(0, dtype=torch.float64), torch.where(wanted, -slope, slope)[:, :, None]
     logs = log_softmax(logits, dim=2)
-    label = rows.targets[place][:, None, None].expand(-1, logits.shape[1], 1)
-    loss = -logs.gather(2, label).squeeze(2) * weights
-    residual = logs.exp_().scatter_add_(2, label, -torch.ones_like(label, dtype=logs.dtype))
-    return loss.sum(0, dtype=torch.float64), residual.mul_(weights[:, :, None])
+    label = targets[:, None, None].expand(-1, logits.shape[1], 1)
+    log_right = logs.gather(2, label)
+    residual = logs.exp_().scatter_(2, label, 0)
+    wrong = residual.sum(2, keepdim=True)
+    residual.scatter_(2, label, -wrong).mul_(weights[:, None, None])
+    # The same number; the first has its digits where a row is all but certain.
+    loss = -torch.where(wrong < 0.5, torch.log1p(-wrong), log_right).squeeze(2)
+    return (loss * weights[:, None]).sum(0, dtype=torch.float64), residual
 
 
 def mean_curvature(rows: Rows, points: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -160,18 +182,20 @@ def kronecker(
 ) -> Precondition:
     """The inverse of curvature (x) covariance + ridge, which is the Hessian if both are unrelated.
 
-    The bias has no ridge; features are centred, so it is on its own. Directions without curvature
-    (adding one number to all logits) get none of the gradient, which has nothing there.
+    The bias has no ridge; features are centred, so it is on its own. Several columns are those of a
+    softmax: one number added to all their biases changes nothing, and is kept out.
     """
     strengths, axes = torch.linalg.eigh(curvature)
-    strengths = strengths.clamp(min=0)
+    # Below that it is the rounding of sums in float32.
+    strengths = strengths.clamp(min=1e-8)
     divisor = strengths[:, None] * spectrum.values.clamp(min=0) + ridge
-    is_flat = strengths <= 1e-9 * strengths.max()
-    of_bias = torch.where(is_flat, 0, 1 / strengths)
 
     def apply(gradient: Float64[Tensor, "column feature"]) -> Float64[Tensor, "column feature"]:
         turned = axes.T @ gradient
         inner = (turned[:, :-1] @ spectrum.vectors) / divisor @ spectrum.vectors.T
-        return axes @ torch.cat([inner, turned[:, -1:] * of_bias[:, None]], dim=1)
+        result = axes @ torch.cat([inner, turned[:, -1:] / strengths[:, None]], dim=1)
+        if len(result) > 1:
+            result[:, -1] -= result[:, -1].mean()
+        return result
 
     return apply

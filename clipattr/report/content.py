@@ -51,13 +51,15 @@ class UnexpectedRow(NamedTuple):
 class UnexpectedResult:
     """The list of unexpected reliance, which was told nothing, against the truth.
 
-    `precision` and `recall` are of its first `n_graded` rows; `n_by_chance` of `n_listed` are what
-    shuffled latents give.
+    `precision` and `recall` are of its first `n_graded` rows, `..._of_evidence` of a list that does
+    not ask what latents mean; `n_by_chance` as strong ones come of shuffled latents and images.
     """
 
     rows: list[UnexpectedRow]
     precision: float
     recall: float
+    precision_of_evidence: float
+    recall_of_evidence: float
     kinds_learned: list[str]
     kinds_found: list[str]
     n_graded: int

@@ -140,9 +140,11 @@ def unexpected_reading(found: UnexpectedResult) -> str:
             f"{len(found.kinds_found)} of the {len(found.kinds_learned)} kinds of failure that the "
             f"model learned are among the first {found.n_graded} latents (recall "
             f"{100 * found.recall:.0f} % of the learned failures, precision "
-            f"{100 * found.precision:.0f} %)."
+            f"{100 * found.precision:.0f} %; ranked by evidence alone, whatever latents mean: "
+            f"{100 * found.recall_of_evidence:.0f} % and "
+            f"{100 * found.precision_of_evidence:.0f} %)."
         )
     return (
-        f"{kinds} The list has {found.n_listed} latents; of shuffled ones "
-        f"{found.n_by_chance:.1f} would be as strong."
+        f"{kinds} The list has {found.n_listed} latents; of shuffled latents "
+        f"and images {found.n_by_chance:.1f} would be on it."
     )

@@ -31,6 +31,8 @@ class Semantics(NamedTuple):
     """its mean is the redundancy of the dictionary"""
     position: Float[Tensor, "latent 2"]
     """on the map of directions"""
+    map_shares: Float[Tensor, "2"]
+    """of the variance of the directions that the two axes of the map show"""
 
 
 def describe_latents(
@@ -56,7 +58,7 @@ def describe_latents(
     means = semantic_mean(embeddings, examples)
     labels = top_labels(means, texts, empty_text, n=n_labels)
     heaps = two_means(embeddings, examples)
-    nearest = nearest_directions(W_dec)
+    nearest, plane = nearest_directions(W_dec), direction_map(W_dec)
     return Semantics(
         n_examples=(examples >= 0).sum(1),
         means=means,
@@ -69,5 +71,6 @@ def describe_latents(
         cluster_sizes=heaps.sizes,
         nearest_latent=nearest.latent,
         nearest_cosine=nearest.cosine,
-        position=direction_map(W_dec).positions,
+        position=plane.positions,
+        map_shares=plane.shares,
     )

@@ -34,7 +34,8 @@ class Evidence(NamedTuple):
     part: str | None
     """a label that is a part of the class's name"""
     written_sigmas: float
-    """standard errors by which the images are nearer to the class's name in writing than to it"""
+    """standard errors by which its images are nearer to the class's name in writing than to
+    `label`"""
     alignment: float
     aligned_share: float
     """share of the latents that align with the class at least as well"""
@@ -75,8 +76,8 @@ def _typography(evidence: Evidence) -> Suggestion | None:
         return None
     return Suggestion(
         Kind.typography,
-        f"its images are nearer to the written word '{evidence.class_name}' than to the thing "
-        f"({evidence.written_sigmas:.1f} standard errors)",
+        f"its images are nearer to the written word '{evidence.class_name}' than to "
+        f"'{evidence.label}' ({evidence.written_sigmas:.1f} standard errors)",
     )
 
 

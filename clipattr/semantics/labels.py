@@ -41,16 +41,20 @@ def semantic_mean(
     otherwise a few images with a long embedding would decide. Reference: Dreyer et al. 2025,
     SemanticLens.
     """
-    is_example = (examples >= 0).to(embeddings.dtype)
+    return mean_of_examples(functional.normalize(embeddings, dim=1), examples)
+
+
+def mean_of_examples(
+    rows: Float[Tensor, "image width"], examples: Int[Tensor, "latent n"]
+) -> Float[Tensor, "latent width"]:
+    """Mean of some rows for each latent, padded with -1; nan for a latent without any."""
+    is_example = (examples >= 0).to(rows.dtype)
     # 0 / 0 = nan for a latent without examples, on purpose.
     weights = is_example / is_example.sum(1, keepdim=True)
-    # embedding_bag never builds [latent, n, embed], which is gigabytes for a real dictionary.
-    return functional.embedding_bag(
-        examples.clamp_min(0),
-        functional.normalize(embeddings, dim=1),
-        per_sample_weights=weights,
-        mode="sum",
-    )
+    # Padding reads a row that is read anyway: another may be nan, and 0 nan is nan.
+    examples = examples.where(examples >= 0, examples[:, :1].clamp_min(0))
+    # embedding_bag never builds [latent, n, width], which is gigabytes for a real dictionary.
+    return functional.embedding_bag(examples, rows, per_sample_weights=weights, mode="sum")
 
 
 def label_scores(

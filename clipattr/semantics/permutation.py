@@ -28,13 +28,19 @@ def shuffle_latents(codes: SparseCodes, images: Int[Tensor, " batch"], seed: int
     """
     n_latents = codes.n_latents
     factors = _coprime_to(n_latents).to(images.device)
-    drawn = _hash(2 * images.long() + seed * 2**33)
+    key = _seed_key(seed)
+    drawn = _hash(2 * images.long() ^ key)
     factor = factors[drawn % len(factors)]
-    start = _hash(2 * images.long() + 1 + seed * 2**33) % n_latents
+    start = _hash((2 * images.long() + 1) ^ key) % n_latents
     axes = (len(images), *[1] * (codes.indices.ndim - 1))
     # int64 holds the product of two indices of a dictionary below 2^31.
     names = (codes.indices.long() * factor.view(axes) + start.view(axes)) % n_latents
     return SparseCodes(names, codes.values, n_latents)
+
+
+def _seed_key(seed: int) -> int:
+    """63 well mixed bits of a seed of any size, so that seeds do not meet other images' numbers."""
+    return int(_hash(torch.tensor([seed % 2**62]))[0])
 
 
 def _coprime_to(n: int, at_most: int = 4096) -> Int[Tensor, " factor"]:

@@ -7,12 +7,15 @@
 R_cj is the mean attribution over images: mean attribution where the latent fires times the share of
 images in which it does. A pair is a candidate where c is among the classes that the latent drives
 most, R_cj >= half of its largest. A candidate is unexpected where the latent's images are nearer to
-another word than to the class, by `SIGMAS` standard errors over those images, or where a part of
-the class's name is among its labels.
+another word than to the class, or to a part of the class's name, each by `SIGMAS` standard errors.
+The word is chosen on every other image and tested on the rest, or the best of many words would
+always win; and what all images share is taken off, or every latent would mean it.
 
 Similar classes share latents, so each latent counts once, by its strongest pair
-(`first_of_each_latent`). How many of them chance finds is counted on shuffled latents
-(`clipattr.semantics.permutation`); `evidence_threshold` keeps those above which it finds few.
+(`first_of_each_latent`). Two kinds of chance are counted with the same steps: shuffled latents, of
+which none drives anything for long (`clipattr.semantics.permutation`), and shuffled images, of
+which no latent means anything (`without_meaning`). `evidence_threshold` keeps the pairs above which
+both together find few.
 """
 
 from collections.abc import Sequence
@@ -21,16 +24,19 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
-from torch.nn.functional import normalize
+
+from clipattr.semantics.labels import TopLabels, mean_of_examples, top_labels
 
 MAIN_SHARE = 0.5
 """R_cj of a candidate, at least, in units of the largest of its latent"""
-SIGMAS = 2.0
+SIGMAS = 3.0
 """standard errors by which another word must be nearer"""
 LABEL_SHARE = 1 / 3
-"""score of a label that counts, in units of the best label's"""
-# Classes x latents that are compared at a time, and rows whose images are: 64 MB.
-_ENTRIES, _ROWS = 2**23, 512
+"""score of a word that may be a part of a name, in units of the best word's"""
+WORDS = 5
+"""words of each latent among which a part of a name is looked for"""
+# Classes x latents that are compared at a time, and pairs whose images are: 64 MB.
+_ENTRIES, _PAIRS = 2**23, 2048
 
 
 class Candidates(NamedTuple):
@@ -53,33 +59,42 @@ class Candidates(NamedTuple):
 
 
 class Meanings(NamedTuple):
-    """What a semantic scorer says of the latents; see `clipattr.semantics.describe`."""
+    """What a semantic scorer sees in the images of the latents, and what it knows by name."""
 
     embeddings: Float[Tensor, "image embed"]
+    """unit rows; nan for an image that is in no example"""
     examples: Int[Tensor, "latent n"]
     """images that define the meaning of each latent, padded with -1"""
-    labels: Int[Tensor, "latent n_labels"]
-    """words of each latent, best first, -1 without examples"""
-    label_scores: Float[Tensor, "latent n_labels"]
     words: Float[Tensor, "word embed"]
+    """unit rows, as are those of the classes"""
     classes: Float[Tensor, "class embed"]
     has_part: Bool[Tensor, "class word"]
     """whether a word is a part of the name of a class; `find_parts`"""
+
+    def without_meaning(self, seed: int) -> "Meanings":
+        """The same with the embeddings of other images: what latents mean is drawn by lot."""
+        known = (~self.embeddings.isnan().any(dim=1)).nonzero().flatten().cpu()
+        drawn = known[torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))]
+        embeddings = self.embeddings.clone()
+        embeddings[known] = self.embeddings[drawn]
+        return self._replace(embeddings=embeddings)
 
 
 class Verdict(NamedTuple):
     """Of each candidate, why it is unexpected, if it is."""
 
+    word: Int[Tensor, " pair"]
+    """the latent's best word, by one half of its images; -1: it has too few"""
     gap: Float64[Tensor, " pair"]
-    """score of the latent's best word minus that of the class, over its images; nan: none"""
+    """cosine with that word minus cosine with the class, over the other half; nan: too few"""
     sigmas: Float64[Tensor, " pair"]
     """the gap in standard errors"""
     part: Int[Tensor, " pair"]
-    """the label that is a part of the class's name; -1: none is"""
+    """a word that is a part of the class's name and that the images are near to; -1: none"""
 
     @property
     def is_unexpected(self) -> Bool[Tensor, " pair"]:
-        """Another word is nearer, or a part of the name is among the labels."""
+        """Another word is nearer, or a part of the name is meant."""
         return (self.sigmas >= SIGMAS) | (self.part >= 0)
 
 
@@ -144,51 +159,81 @@ def find_parts(class_names: Sequence[str], words: Sequence[str]) -> Bool[Tensor,
 @torch.no_grad()
 def judge(candidates: Candidates, meanings: Meanings) -> Verdict:
     """Compare what each latent means with the class that it drives."""
-    best = meanings.labels[candidates.latents, 0]
+    latents, classes = candidates.latents, candidates.classes
+    chosen_on, tested_on = meanings.examples[:, 0::2], meanings.examples[:, 1::2]
+    # What all images share has no meaning; an image that is no example may be nan.
+    centred = meanings._replace(embeddings=meanings.embeddings - meanings.embeddings.nanmean(dim=0))
+    n_words = min(WORDS, len(meanings.words))
+    nothing = torch.zeros_like(meanings.words[0])
+    means = mean_of_examples(centred.embeddings, chosen_on)
+    found = top_labels(means, meanings.words, nothing, n=n_words)
+    word = found.labels[latents, 0]
     gap = compare(
-        meanings.embeddings,
-        meanings.examples[candidates.latents].masked_fill((best < 0)[:, None], -1),
-        towards=normalize(meanings.words, dim=1)[best.clamp(min=0)],
-        away=normalize(meanings.classes, dim=1)[candidates.classes],
+        centred.embeddings,
+        tested_on.masked_fill(found.labels[:, :1] < 0, -1),
+        latents,
+        towards=Texts(meanings.words, word.clamp(min=0)),
+        away=Texts(meanings.classes, classes),
     )
-    return Verdict(*gap, _find_part(candidates, meanings))
+    part = _choose_part(candidates, found, meanings.has_part)
+    none = torch.zeros(1, meanings.words.shape[1], dtype=meanings.words.dtype)
+    nearness = compare(
+        centred.embeddings,
+        tested_on,
+        latents,
+        towards=Texts(meanings.words, part.clamp(min=0)),
+        away=Texts(none.to(part.device), torch.zeros_like(part)),
+    )
+    return Verdict(word, *gap, part.where(nearness.sigmas >= SIGMAS, -1))
+
+
+class Texts(NamedTuple):
+    """A text for each pair: a row of a table."""
+
+    table: Float[Tensor, "text embed"]
+    rows: Int[Tensor, " pair"]
+
+    def select(self, pairs: Tensor) -> Float[Tensor, "pair embed"]:
+        """Of some pairs."""
+        return self.table[self.rows[pairs]]
 
 
 class Gap(NamedTuple):
     """How much nearer images are to one text than to another."""
 
-    mean: Float64[Tensor, " row"]
-    """cosine with the one minus cosine with the other, over the images of each row; nan: too few"""
-    sigmas: Float64[Tensor, " row"]
+    mean: Float64[Tensor, " pair"]
+    """cosine with the one minus cosine with the other, over the images; nan: fewer than two"""
+    sigmas: Float64[Tensor, " pair"]
     """the mean in standard errors; 0 where both are the same text"""
 
 
+@torch.no_grad()
 def compare(
     embeddings: Float[Tensor, "image embed"],
-    examples: Int[Tensor, "row n"],
+    examples: Int[Tensor, "latent n"],
+    latents: Int[Tensor, " pair"],
     *,
-    towards: Float[Tensor, "row embed"],
-    away: Float[Tensor, "row embed"],
+    towards: Texts,
+    away: Texts,
 ) -> Gap:
-    """Of each row of images, padded with -1, between two unit texts, in blocks of rows."""
+    """Of the images of each pair's latent, padded with -1, between two texts; a block at a time."""
     found = [
-        _compare(embeddings, examples[rows], towards[rows].double() - away[rows].double())
-        for rows in torch.arange(len(examples), device=examples.device).split(_ROWS)
+        _compare(embeddings, examples[latents[pairs]], towards.select(pairs) - away.select(pairs))
+        for pairs in torch.arange(len(latents), device=latents.device).split(_PAIRS)
     ]
-    nothing = towards.new_zeros(0, dtype=torch.float64)
+    nothing = torch.zeros(0, dtype=torch.float64, device=latents.device)
     means, sigmas = ([each[number] for each in found] for number in (0, 1))
     return Gap(torch.cat([nothing, *means]), torch.cat([nothing, *sigmas]))
 
 
 def _compare(
     embeddings: Float[Tensor, "image embed"],
-    examples: Int[Tensor, "row n"],
-    direction: Float64[Tensor, "row embed"],
+    examples: Int[Tensor, "pair n"],
+    direction: Float[Tensor, "pair embed"],
 ) -> Gap:
     """The empty prompt, which scores of both texts subtract, is gone in their difference."""
     is_known = examples >= 0
-    images = normalize(embeddings[examples.clamp(min=0)].double(), dim=-1)
-    cosines = torch.einsum("rne,re->rn", images, direction)
+    cosines = torch.einsum("pne,pe->pn", embeddings[examples.clamp(min=0)], direction).double()
     n_images = is_known.sum(dim=1)
     mean = cosines.where(is_known, 0).sum(dim=1) / n_images
     squares = (cosines - mean[:, None]).square().where(is_known, 0).sum(dim=1)
@@ -200,11 +245,13 @@ def _compare(
     return Gap(mean.where(enough, torch.nan), sigmas.where(enough, torch.nan))
 
 
-def _find_part(candidates: Candidates, meanings: Meanings) -> Int[Tensor, " pair"]:
-    """The best of the labels that count and are a part of the class's name."""
-    labels, scores = (each[candidates.latents] for each in (meanings.labels, meanings.label_scores))
+def _choose_part(
+    candidates: Candidates, found: TopLabels, has_part: Bool[Tensor, "class word"]
+) -> Int[Tensor, " pair"]:
+    """The best of the words that count and are a part of the class's name."""
+    labels, scores = (each[candidates.latents] for each in (found.labels, found.scores))
     counts = (scores > 0) & (scores >= LABEL_SHARE * scores[:, :1]) & (labels >= 0)
-    is_part = counts & meanings.has_part[candidates.classes[:, None], labels.clamp(min=0)]
+    is_part = counts & has_part[candidates.classes[:, None], labels.clamp(min=0)]
     first = is_part.int().argmax(dim=1, keepdim=True)
     return labels.gather(1, first)[:, 0].where(is_part.any(dim=1), -1)
 
@@ -226,7 +273,7 @@ class Threshold(NamedTuple):
 
 def evidence_threshold(
     found: Float64[Tensor, " pair"],
-    by_chance: Sequence[Float64[Tensor, " shuffled"]],
+    by_chance: Sequence[Float64[Tensor, " _"]],
     *,
     level: float,
 ) -> Threshold:

@@ -19,6 +19,7 @@ from clipattr.training.own_rows import Columns, OwnRows, Rows
 from clipattr.training.sae_member import SaeMember
 from clipattr.training.sae_module import INIT_ROWS
 
+WATCH_EVERY = 500
 # As the trainer of the jobs has it.
 LARGEST_GRADIENT = 1.0
 # Then k stays: a running threshold has to follow.
@@ -73,7 +74,7 @@ def fit_sae(
     device: str | torch.device = "cpu",
     progress: bool = False,
     watch: Callable[[int, Sae], object] | None = None,
-    watch_every: int = 500,
+    watch_every: int | None = None,
     **settings: Any,
 ) -> Sae:
     """Train an SAE on rows of activations, and return it in eval mode.
@@ -97,16 +98,22 @@ def fit_sae(
         progress: show a bar.
         watch: called with the number of steps done and a copy of the SAE as it would be returned
             if training ended there; it changes nothing.
-        watch_every: steps between two calls.
+        watch_every: steps between two calls, of which there is one at least; 500 if not given.
         **settings: fields of `Training` (lr, warmup, ...), and what the architecture takes
             (k, n_latents, ...).
     """
     training = Training(**{name: settings.pop(name) for name in _OF_TRAINING & settings.keys()})
     kind = sae if isinstance(sae, type) else type(sae)
-    if watch_every < 1:
-        raise ConfigError(f"fit_sae: watch_every={watch_every}: must be greater than 0")
+    if watch is None and watch_every is not None:
+        raise ConfigError(f"fit_sae: watch_every={watch_every} without watch, which it would call")
     source = OwnRows(rows, targets, is_pair=issubclass(kind, Transcoder))
     steps = source.count_steps(steps, epochs, batch_size)
+    every = WATCH_EVERY if watch_every is None else watch_every
+    if watch is not None and not 1 <= every <= steps:
+        raise ConfigError(
+            f"fit_sae: watch_every={every} with {steps} steps: watch would never be called; give a "
+            f"watch_every of 1 to {steps}"
+        )
     batches = source.batches(batch_size, seed)
     # What the start is measured on is trained on as well: a stream may be read once only.
     first = list(islice(batches, min(steps, -(-INIT_ROWS // batch_size))))
@@ -117,7 +124,7 @@ def fit_sae(
     due = islice(chain(first, batches), steps)
     bar = tqdm(due, total=steps, unit="step", disable=not progress)
     for done in _train(member, iter(bar), steps):
-        if watch is not None and done % watch_every == 0:
+        if watch is not None and done % every == 0:
             watch(done, member.snapshot())
     return member.finish()
 

@@ -47,7 +47,7 @@ class Reliance(NamedTuple):
 
 @dataclass(frozen=True)
 class LatentEntry:
-    """One latent; labels best first, reliance strongest first.
+    """One latent; labels best first, of reliance first the classes that it raises most.
 
     `numbers` has one value for each of `Overview.columns`. `spread` holds examples at quantiles of
     the activation, largest first; `x` and `y` are the place on the map of directions.
@@ -85,10 +85,14 @@ class ClassLatent(NamedTuple):
 
 
 class ClassEntry(NamedTuple):
-    """One class and its latents, strongest first."""
+    """One class and the latents on its page, in their order.
+
+    `n_more` unexpected ones are not shown.
+    """
 
     number: int
     latents: Sequence[ClassLatent]
+    n_more: int = 0
 
 
 class UnexpectedEntry(NamedTuple):
@@ -124,8 +128,10 @@ class Column(NamedTuple):
 class Overview:
     """What all pages share, and the ranked list. `class_names[number]` is the name of a class.
 
-    `score_name` says what is attributed, for the axes: "cosine with the prompt", "logit".
-    `summary` is a paragraph each: what counts as unexpected, how evidence is computed, the null.
+    `score_name` says what is attributed, for the axes: "cosine with the prompt", "logit". `over`
+    names the images of attribution and shares: "all images". `map_shares` are the shares of the
+    variance that the axes of the map show. `summary` is a paragraph each: what counts as
+    unexpected, how evidence is computed, the null. `if_empty` says why the list may be empty.
     """
 
     title: str
@@ -135,6 +141,9 @@ class Overview:
     columns: Sequence[Column]
     class_names: Sequence[str]
     score_name: str
+    over: str
+    map_shares: tuple[float, float]
     unexpected: Sequence[UnexpectedEntry]
+    if_empty: str
     points: Sequence[PairPoint]
     manifest: Mapping[str, str]

@@ -71,7 +71,7 @@ def _latent(table: LatentTable, entry: LatentEntry, n_classes: int) -> dict[str,
     return latent_value(entry, table.add(entry))
 
 
-def _class(table: LatentTable, class_table: ClassTable, entry: ClassEntry) -> list[object]:
+def _class(table: LatentTable, class_table: ClassTable, entry: ClassEntry) -> dict[str, object]:
     if entry.number != len(class_table):
         raise DataError(
             f"The atlas was given class {entry.number} where {len(class_table)} is next; classes"
@@ -79,7 +79,7 @@ def _class(table: LatentTable, class_table: ClassTable, entry: ClassEntry) -> li
         )
     _check_latents(entry.latents, f"Class {entry.number}", len(table))
     class_table.add(entry)
-    return [table.described(pair) for pair in entry.latents]
+    return {"pairs": [table.described(pair) for pair in entry.latents], "more": entry.n_more}
 
 
 def _check_pairs(overview: Overview, n_latents: int) -> None:
@@ -138,6 +138,7 @@ def _shared(overview: Overview, n_latents: int) -> dict[str, object]:
     return {
         "title": overview.title,
         "scoreName": overview.score_name,
+        "over": overview.over,
         "latents": n_latents,
         "latentsPerFile": LATENTS_PER_FILE,
         "classesPerFile": CLASSES_PER_FILE,

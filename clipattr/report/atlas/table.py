@@ -62,7 +62,7 @@ class LatentTable:
 
 
 class ClassTable:
-    """What the table of classes shows: latents, unexpected ones, and the strongest evidence."""
+    """What the table of classes shows: latents shown, all unexpected ones, strongest evidence."""
 
     def __init__(self) -> None:
         self._rows: list[list[float | int | None]] = []
@@ -74,8 +74,8 @@ class ClassTable:
         """Take the row of the next class."""
         evidence = [pair.evidence for pair in entry.latents if pair.is_unexpected]
         strongest = rounded(max(evidence)) if evidence else None
-        self._rows.append([len(entry.latents), len(evidence), strongest])
+        self._rows.append([len(entry.latents), len(evidence) + entry.n_more, strongest])
 
     def value(self) -> list[list[float | int | None]]:
-        """[latents, unexpected, strongest evidence] of each class."""
+        """[latents shown, unexpected, strongest evidence] of each class."""
         return self._rows

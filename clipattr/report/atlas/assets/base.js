@@ -36,7 +36,8 @@ atlas.loadLatent = async (latent) => {
 
 atlas.loadClass = async (number) => {
   const size = atlas.data.site.classesPerFile;
-  return (await atlas.load(`classes-${Math.floor(number / size)}`))[number % size].map(atlas.pair);
+  const { pairs, more } = (await atlas.load(`classes-${Math.floor(number / size)}`))[number % size];
+  return { pairs: pairs.map((values) => atlas.pair(number, values)), more };
 };
 
 // An element with attributes (never a handler or a style) and children: elements or text.
@@ -51,10 +52,10 @@ atlas.byId = (id) => document.getElementById(id);
 
 // A (class, latent) pair from the array in which it was written (scripts.pair_value and
 // LatentTable.described, in Python).
-atlas.pair = (values) => {
+atlas.pair = (number, values) => {
   const [latent, attribution, share, positive, alignment, unexpected, evidence, kind, reasons,
     counterpart, word, pictures, counterpartWord] = values;
-  return { latent, attribution, share, positive, alignment, unexpected: unexpected === 1, evidence, kind,
+  return { number, latent, attribution, share, positive, alignment, unexpected: unexpected === 1, evidence, kind,
     reasons, counterpart, word, pictures, counterpartWord };
 };
 

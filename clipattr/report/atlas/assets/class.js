@@ -5,8 +5,8 @@
   const last = site.classNames.length - 1;
   const status = atlas.byId("status");
   const place = atlas.byId("class");
-  const lists = Object.fromEntries(["unexpected", "expected"].map((name) => [name,
-    new atlas.LongList(atlas.byId(name), atlas.byId(`more-${name}`), 20, (pair) => atlas.pairRow(0, pair, { showClass: false }))]));
+  const lists = Object.fromEntries(["unexpected", "others"].map((name) => [name,
+    new atlas.LongList(atlas.byId(name), atlas.byId(`more-${name}`), 20, (pair) => atlas.pairRow(pair, { showClass: false }))]));
 
   const scatter = new atlas.Scatter(atlas.byId("class-plot"));
 
@@ -25,15 +25,18 @@
     });
   };
 
-  const fill = (number, pairs) => {
+  const fill = (number, { pairs, more }) => {
     atlas.byId("class-name").textContent = atlas.className(number);
     document.title = `${atlas.className(number)} \u00b7 ${site.title}`;
-    for (const name of ["unexpected", "expected"]) {
+    for (const name of ["unexpected", "others"]) {
       const found = pairs.filter((pair) => pair.unexpected === (name === "unexpected"));
       lists[name].fill(found, lists[name].step);
       atlas.byId(`no-${name}`).hidden = found.length > 0;
-      atlas.byId(`${name}-count`).textContent = `(${found.length.toLocaleString("en")})`;
+      const hidden = name === "unexpected" && more ? ` of ${(found.length + more).toLocaleString("en")}` : "";
+      atlas.byId(`${name}-count`).textContent = `(${found.length.toLocaleString("en")}${hidden})`;
     }
+    atlas.byId("left-out").hidden = more === 0;
+    atlas.byId("left-out").textContent = `These have the strongest evidence; ${more.toLocaleString("en")} more are in the tables of the run alone.`;
     plot(pairs);
   };
 
@@ -57,9 +60,9 @@
     if (place.hidden) return;
     atlas.byId("go").value = wanted[0];
     try {
-      const pairs = await atlas.loadClass(wanted[0]);
+      const found = await atlas.loadClass(wanted[0]);
       if (location.hash !== asked) return; // the reader went on while this was read
-      fill(wanted[0], pairs);
+      fill(wanted[0], found);
       document.documentElement.dataset.ready = asked;
     } catch (error) {
       place.hidden = true;

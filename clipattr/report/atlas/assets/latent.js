@@ -54,20 +54,22 @@
     ...[atlas.number(attribution), atlas.percent(share), atlas.percent(positive), atlas.number(alignment)]
       .map((text) => atlas.element("td", null, text)));
 
-  const reliance = (entry) => {
-    const section = atlas.element("section", null, atlas.element("h2", null, "Classes that rely on it"));
-    if (!entry.reliance.length) {
-      section.append(atlas.element("p", { class: "none" }, "No class relies on this latent."));
-      return section;
-    }
+  const relianceTable = (title, rows) => {
+    if (!rows.length) return [atlas.element("h3", null, title), atlas.element("p", { class: "none" }, "None.")];
     const heads = ["class", "mean attribution", "share of images", "share positive", "alignment"];
     const [body, more] = [atlas.element("tbody"), atlas.element("button", { type: "button", class: "more" })];
-    section.append(atlas.element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Classes that rely on it" },
-      atlas.element("table", null, atlas.element("thead", null,
-        atlas.element("tr", null, ...heads.map((head) => atlas.element("th", { scope: "col" }, head)))), body)), more);
-    new atlas.LongList(body, more, 25, relianceRow).fill(entry.reliance, 25);
-    return section;
+    new atlas.LongList(body, more, 25, relianceRow).fill(rows, 25);
+    return [atlas.element("h3", null, title),
+      atlas.element("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": title },
+        atlas.element("table", null, atlas.element("thead", null,
+          atlas.element("tr", null, ...heads.map((head) => atlas.element("th", { scope: "col" }, head)))), body)), more];
   };
+
+  const reliance = (entry) => atlas.element("section", null,
+    atlas.element("h2", null, "Classes that rely on it"),
+    atlas.element("p", { class: "lead" }, `Mean attribution and share of images are over ${site.over}; the share positive is over those on which it fires.`),
+    ...relianceTable("Classes that it raises most", entry.reliance.filter((row) => row[1] > 0)),
+    ...relianceTable("Classes that it lowers most", entry.reliance.filter((row) => row[1] < 0)));
 
   const heatNote = (entry) => (entry.top.some((example) => example[2])
     ? " Coloured: the patches on which it fires, or, of a class token, those that made it fire; each image on its own scale." : "");

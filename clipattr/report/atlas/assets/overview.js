@@ -2,7 +2,7 @@
 // index.html: the scatter of pairs, the ranked list, the tables of classes and latents, the map.
 (() => {
   const { site, overview, table } = atlas.data;
-  const unexpected = overview.unexpected.map(([number, ...values]) => ({ number, ...atlas.pair(values) }));
+  const unexpected = overview.unexpected.map(([number, ...values]) => atlas.pair(number, values));
 
   // What the reader chose; it lives in the history entry, so that the back button brings it back.
   const state = { class: "", kind: "", text: "", shown: 20, search: "", sorted: 0, descending: false, colour: 0, ...history.state };
@@ -28,7 +28,7 @@
       describe: (index) => [atlas.latentName(points[index][1], table.words[points[index][1]]),
         `class: ${atlas.className(points[index][0])}`,
         `alignment ${atlas.number(points[index][2])}, attribution ${atlas.number(points[index][3])}`,
-        points[index][4] ? "unexpected" : "not on the list"],
+        points[index][4] ? "unexpected" : "not unexpected"],
       open: (index) => { location.href = `latent.html#${points[index][1]}`; },
       axes: ["alignment of the latent's meaning with the class", `mean attribution (${site.scoreName})`],
     });
@@ -44,7 +44,7 @@
       .sort((a, b) => a[1].localeCompare(b[1], "en")));
     choices(kinds, [...new Set(unexpected.map((each) => each.kind))].filter((kind) => kind).sort().map((kind) => [kind, kind]));
     const ranked = new atlas.LongList(atlas.byId("ranked"), atlas.byId("more-ranked"), 20,
-      (each) => atlas.pairRow(each.number, each, { showClass: true }));
+      (each) => atlas.pairRow(each, { showClass: true }));
     ranked.button.addEventListener("click", () => { state.shown = ranked.shown; keep(); });
     const searched = (each) => [each.word, atlas.className(each.number), each.kind, `#${each.latent}`, ...each.reasons]
       .join("\n").toLowerCase();
@@ -70,8 +70,8 @@
       caption: "Classes", size: overview.classes.length, onChange: () => {},
       columns: [
         { title: "class", explanation: "name of the class", isText: true, value: atlas.className, cell: atlas.classLink },
-        number("latents", "latents listed on the page of the class", 0),
-        number("unexpected", "latents of the class that are on the ranked list", 1),
+        number("latents shown", "on the page of the class", 0),
+        number("unexpected", "all latents that are unexpected for the class; the ranked list has each for its strongest class alone", 1),
         number("evidence", "strongest evidence of its unexpected latents", 2),
       ],
     });

@@ -1,10 +1,13 @@
 "use strict";
 // A (class, latent) pair as a row of a list, with what speaks for its being unexpected.
 
-atlas.pairRow = (number, pair, { showClass }) => {
+atlas.pairRow = (pair, { showClass }) => {
+  // "star fish relies on star fish" would say nothing: there the reason is what is unexpected.
+  const isNamesake = pair.unexpected && pair.word.toLowerCase() === atlas.className(pair.number).toLowerCase();
+  const verb = isNamesake ? "and" : "relies on";
   const head = atlas.element("div", { class: "pair-head" },
-    ...(showClass ? [atlas.classLink(number), atlas.element("span", { class: "muted" }, "relies on")] : []),
-    atlas.latentLink(pair.latent, pair.word),
+    ...(showClass ? [atlas.classLink(pair.number), atlas.element("span", { class: "muted" }, verb)] : []),
+    atlas.latentLink(pair.latent, isNamesake ? "" : pair.word),
     pair.kind ? atlas.element("span", { class: "tag" }, pair.kind) : null);
   const numbers = atlas.element("dl", { class: "numbers" },
     atlas.term("attribution", atlas.number(pair.attribution)),
@@ -13,9 +16,11 @@ atlas.pairRow = (number, pair, { showClass }) => {
     atlas.term("alignment", atlas.number(pair.alignment)),
     ...(pair.evidence === null ? [] : [atlas.term("evidence", atlas.number(pair.evidence))]));
   const row = atlas.element("li", { class: "pair" }, atlas.thumbnails(pair.pictures),
-    atlas.element("div", { class: "pair-words" }, head, numbers));
-  if (pair.reasons.length) row.lastChild.append(atlas.element("ul", { class: "reasons" },
-    ...pair.reasons.map((reason) => atlas.element("li", null, reason))));
+    atlas.element("div", { class: "pair-words" }, head));
+  const [first, others] = [pair.reasons.slice(0, isNamesake ? 1 : 0), pair.reasons.slice(0)];
+  row.lastChild.append(...first.map((reason) => atlas.element("p", { class: "reason" }, reason)), numbers);
+  if (others.length) row.lastChild.append(atlas.element("ul", { class: "reasons" },
+    ...others.map((reason) => atlas.element("li", null, reason))));
   if (pair.counterpart !== null) row.lastChild.append(atlas.counterpart(pair));
   return row;
 };
