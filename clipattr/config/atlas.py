@@ -46,7 +46,7 @@ class AtlasConfig:
     thumbnail: int = 112
     """longer side of the small pictures, in pixels"""
     classes_shown: int = 10
-    """classes on the page of a latent, and twice as many latents on that of a class"""
+    """classes that a latent raises on its page, and half as many that it lowers"""
 
     def check(self) -> None:
         """Raise ConfigError when a value cannot work."""

@@ -17,7 +17,7 @@ atlas.pairRow = (pair, { showClass }) => {
     ...(pair.evidence === null ? [] : [atlas.term("evidence", atlas.number(pair.evidence))]));
   const row = atlas.element("li", { class: "pair" }, atlas.thumbnails(pair.pictures),
     atlas.element("div", { class: "pair-words" }, head));
-  const [first, others] = [pair.reasons.slice(0, isNamesake ? 1 : 0), pair.reasons.slice(0)];
+  const [first, others] = [pair.reasons.slice(0, isNamesake ? 1 : 0), pair.reasons.slice(isNamesake ? 1 : 0)];
   row.lastChild.append(...first.map((reason) => atlas.element("p", { class: "reason" }, reason)), numbers);
   if (others.length) row.lastChild.append(atlas.element("ul", { class: "reasons" },
     ...others.map((reason) => atlas.element("li", null, reason))));
