@@ -104,16 +104,9 @@ def fit_sae(
     """
     training = Training(**{name: settings.pop(name) for name in _OF_TRAINING & settings.keys()})
     kind = sae if isinstance(sae, type) else type(sae)
-    if watch is None and watch_every is not None:
-        raise ConfigError(f"fit_sae: watch_every={watch_every} without watch, which it would call")
     source = OwnRows(rows, targets, is_pair=issubclass(kind, Transcoder))
     steps = source.count_steps(steps, epochs, batch_size)
-    every = WATCH_EVERY if watch_every is None else watch_every
-    if watch is not None and not 1 <= every <= steps:
-        raise ConfigError(
-            f"fit_sae: watch_every={every} with {steps} steps: watch would never be called; give a "
-            f"watch_every of 1 to {steps}"
-        )
+    every = _check_watch(watch, watch_every, steps)
     batches = source.batches(batch_size, seed)
     # What the start is measured on is trained on as well: a stream may be read once only.
     first = list(islice(batches, min(steps, -(-INIT_ROWS // batch_size))))
@@ -127,6 +120,21 @@ def fit_sae(
         if watch is not None and done % every == 0:
             watch(done, member.snapshot())
     return member.finish()
+
+
+def _check_watch(
+    watch: Callable[[int, Sae], object] | None, watch_every: int | None, steps: int
+) -> int:
+    """Steps between two calls; ConfigError where there would be none."""
+    if watch is None and watch_every is not None:
+        raise ConfigError(f"fit_sae: watch_every={watch_every} without watch, which it would call")
+    every = WATCH_EVERY if watch_every is None else watch_every
+    if watch is not None and not 1 <= every <= steps:
+        raise ConfigError(
+            f"fit_sae: watch_every={every} with {steps} steps: watch would never be called; give a "
+            f"watch_every of 1 to {steps}"
+        )
+    return every
 
 
 def _train(member: SaeMember, batches: Iterator[Columns], steps: int) -> Iterator[int]:
