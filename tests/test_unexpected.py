@@ -201,6 +201,17 @@ def test_an_image_that_could_not_be_read_disturbs_nothing() -> None:
     assert not drawn_again[1:].isnan().any()
 
 
+def test_without_meaning_every_image_has_the_embedding_of_another() -> None:
+    meanings, pairs = planted(), candidates([(1, 0), (0, 1)])
+    assert judge(pairs, meanings).is_unexpected.all()
+    for seed in range(5):
+        drawn_again = meanings.without_meaning(seed)
+        assert not torch.equal(drawn_again.embeddings, meanings.embeddings)
+        order = [each.embeddings[:, 0].sort().values for each in (drawn_again, meanings)]
+        assert torch.equal(*order)
+        assert not judge(pairs, drawn_again).is_unexpected.any()
+
+
 def test_without_meaning_few_latents_are_unexpected() -> None:
     """The nominal rate of 3 standard errors on ten images is 0.7 % (t with nine degrees)."""
     n_latents, n = 2000, 20

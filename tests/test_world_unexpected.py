@@ -64,10 +64,11 @@ def test_pairs_behind_the_first_twenty_are_ranked_and_not_counted() -> None:
 
 
 def test_images_of_the_class_itself_say_nothing() -> None:
-    # With its images in, the latent separates nothing: it fires on the class as well.
-    activations = torch.tensor([[1.0], [0.0], [1.0], [1.0]])
-    factor = torch.tensor([True, False, False, False])
-    of_class = torch.tensor([False, False, True, True])
+    # Latent 0 carries the factor, and fires on the class as well: with the images of the class
+    # latent 1 would separate the factor better (5 / 6 against 2 / 3).
+    activations = torch.tensor([[1.0, 0.5], [0.0, 0.9], [0.0, 0.0], *([[1.0, 0.0]] * 4)])
+    factor = torch.tensor([True, *([False] * 6)])
+    of_class = torch.tensor([*([False] * 3), *([True] * 4)])
     found = grade_list(
         FoundList([Listed("star fish", 0, "x")], [], 0.0),
         [(STAR, True)],
