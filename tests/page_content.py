@@ -16,6 +16,8 @@ from clipattr.report import (
     ReportContent,
     ScatterResult,
     ScorecardRow,
+    UnexpectedResult,
+    UnexpectedRow,
 )
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"only the signature is read here"
@@ -49,24 +51,68 @@ def method(name: str, label: str, start: float) -> MethodResult:
     )
 
 
+def scorecard() -> list[ScorecardRow]:
+    return [
+        ScorecardRow(
+            "polysemy",
+            *("Two", "Which?", "a bat", "stick", 41, 0.987, 2, 17, 256, True),
+            *(Interval(0.0123, 0.0101, 0.0145), 0.273, 0.918, [PNG]),
+        ),
+        ScorecardRow(
+            "context",
+            *("Place", "Why?", "a ring", "forest", 113, 0.612, 99, 93, 256, False),
+            *(Interval(-0.0023, -0.0032, -0.0014), 0.417, 0.114, []),
+        ),
+    ]
+
+
+def corrections() -> CorrectionResult:
+    return CorrectionResult(
+        sizes={"along the embedding": interval(0.914), "along the state": interval(0.043)},
+        steps={"first": interval(0.7), "second": interval(0.9)},
+        gain=interval(0.231),
+        lens_part_pearson=interval(0.777),
+    )
+
+
+def against_exact() -> ExactResult:
+    return ExactResult(
+        scatters=[
+            ScatterResult("attribution_patching", "One", [0.1, 0.2], [0.2, 0.3], interval(0.8)),
+            ScatterResult("act_times_logit_lens", "Two", [0.1, 0.2], [0.0, 0.3], interval(0.6)),
+        ],
+        difference=interval(0.2),
+        n_images=100,
+        n_pairs=1234,
+        lens_scale=0.0456,
+    )
+
+
+def unexpected() -> UnexpectedResult:
+    return UnexpectedResult(
+        rows=[
+            UnexpectedRow("Two", "a bat", True, 7, "another sense"),
+            UnexpectedRow("Place", "a ring", False, None, ""),
+        ],
+        precision=0.35,
+        recall=0.62,
+        precision_of_evidence=0.15,
+        recall_of_evidence=0.88,
+        kinds_learned=["polysemy"],
+        kinds_found=["polysemy"],
+        n_graded=19,
+        n_listed=143,
+        n_by_chance=6.4,
+    )
+
+
 def full_content() -> ReportContent:
     card = LatentCard(31, 0.04321, -0.01234, "striped", 0.287, [PNG, PNG])
     pair = PairPicture(PNG, PNG, -0.61, 0.28, 0.13, 1.94)
     return ReportContent(
         title="The title",
         subtitle="The subtitle",
-        scorecard=[
-            ScorecardRow(
-                "polysemy",
-                *("Two", "Which?", "a bat", "stick", 41, 0.987, 2, 17, 256, True),
-                *(Interval(0.0123, 0.0101, 0.0145), 0.273, 0.918, [PNG]),
-            ),
-            ScorecardRow(
-                "context",
-                *("Place", "Why?", "a ring", "forest", 113, 0.612, 99, 93, 256, False),
-                *(Interval(-0.0023, -0.0032, -0.0014), 0.417, 0.114, []),
-            ),
-        ],
+        scorecard=scorecard(),
         methods=[
             method("exact", "Exact patching", 0.111),
             method("attribution_patching", "Attribution patching", 0.222),
@@ -79,22 +125,8 @@ def full_content() -> ReportContent:
             method("logit_lens", "Logit lens", 0.533),
         ],
         classes=[ClassRow("disc", 37, 0.21, -0.02), ClassRow("ring", 41, 0.17, 0.01)],
-        corrections=CorrectionResult(
-            sizes={"along the embedding": interval(0.914), "along the state": interval(0.043)},
-            steps={"first": interval(0.7), "second": interval(0.9)},
-            gain=interval(0.231),
-            lens_part_pearson=interval(0.777),
-        ),
-        against_exact=ExactResult(
-            scatters=[
-                ScatterResult("attribution_patching", "One", [0.1, 0.2], [0.2, 0.3], interval(0.8)),
-                ScatterResult("act_times_logit_lens", "Two", [0.1, 0.2], [0.0, 0.3], interval(0.6)),
-            ],
-            difference=interval(0.2),
-            n_images=100,
-            n_pairs=1234,
-            lens_scale=0.0456,
-        ),
+        corrections=corrections(),
+        against_exact=against_exact(),
         explained=[Explained(PNG, "a red star", "a photo of a star", 0.3456, [card])],
         cues=[
             CueResult(
@@ -116,6 +148,7 @@ def full_content() -> ReportContent:
         how=[HowRow("Deletion AUC", "trapezoid over steps", "clipattr.attribution.curves.auc")],
         manifest={"torch": "2.15.0", "seed": "17"},
         summary=["First sentence.", "Second sentence.", "Third sentence."],
+        unexpected=unexpected(),
     )
 
 

@@ -29,22 +29,11 @@ WORDS = ["star", "blue", "red"]
 
 class AtlasJob(Job):
     def words(self, sae: str, *overrides: str) -> list[str]:
-        words = {
-            "sae": str(self.folder / sae),
-            "name": sae,
-            "data.shards": str(self.shards),
-            "zeroshot.classes": json.dumps(NAMES),
-            "model.name": self.model,
+        words = self.places(sae) | {
             "scorer.name": self.model,
             "atlas.vocabulary": json.dumps(WORDS),
             "atlas.examples": "4",
             "atlas.shown": "3",
-            "runs": str(self.folder / "runs"),
-            "data.cache": str(self.folder / "cache"),
-            "data.workers": "0",
-            "data.batch_size": "8",
-            "trainer.accelerator": "cpu",
-            "trainer.progress": "false",
         }
         words |= dict(override.split("=", 1) for override in overrides)
         return [str(CONFIG), *(f"{key}={value}" for key, value in words.items())]

@@ -80,23 +80,28 @@ class Job:
         save_probe(probe, self.folder / "probe", record)
         return probe
 
-    def arguments(self, sae: str, *overrides: str) -> list[str]:
-        words = {
+    def places(self, sae: str) -> dict[str, str]:
+        """What any job on this model and these shards is told."""
+        return {
             "sae": str(self.folder / sae),
             "name": sae,
             "data.shards": str(self.shards),
             "zeroshot.classes": json.dumps(NAMES),
             "model.name": self.model,
-            "evaluation.images": "20",
-            "evaluation.resamples": "20",
-            "evaluation.overlap_top": "2",
-            "evaluation.top": "3",
             "runs": str(self.folder / "runs"),
             "data.cache": str(self.folder / "cache"),
             "data.workers": "0",
             "data.batch_size": "8",
             "trainer.accelerator": "cpu",
             "trainer.progress": "false",
+        }
+
+    def arguments(self, sae: str, *overrides: str) -> list[str]:
+        words = self.places(sae) | {
+            "evaluation.images": "20",
+            "evaluation.resamples": "20",
+            "evaluation.overlap_top": "2",
+            "evaluation.top": "3",
         }
         words |= dict(override.split("=", 1) for override in overrides)
         return [str(CONFIG), *(f"{key}={value}" for key, value in words.items() if value)]

@@ -169,6 +169,14 @@ def with_every_text(value: object, text: str) -> object:
     return value
 
 
+def test_the_graded_list_is_on_the_page(tmp_path):
+    text = Page(written(full_content(), tmp_path)).text
+    for part in ("Rank of 143", "another sense", "not learned", "recall 62 %", "precision 35 %"):
+        assert part in text
+    assert "88 % and 15 %" in text
+    assert "among the first 19 latents" in text
+
+
 def test_text_is_escaped_everywhere(tmp_path):
     content = with_every_text(full_content(), HOSTILE)
     assert isinstance(content, ReportContent)
@@ -185,6 +193,7 @@ def test_empty_lists_are_said_in_words(tmp_path):
     page = Page(written(EMPTY, tmp_path))
     for sentence in (
         "No planted failure was scored in this run.",
+        "No atlas was given to this run",
         "No key numbers were recorded in this run.",
         "No attribution method was evaluated in this run.",
         "The parts of the attribution were not measured in this run.",

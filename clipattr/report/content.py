@@ -1,7 +1,6 @@
 """What the page shows, as plain values: no tensors, no paths. Pictures are bytes of PNG files."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from clipattr.metrics.intervals import Interval
 
@@ -34,7 +33,8 @@ class ScorecardRow:
     examples: list[bytes]
 
 
-class UnexpectedRow(NamedTuple):
+@dataclass(frozen=True)
+class UnexpectedRow:
     """One planted failure, and where the list of unexpected reliance has it first; None: nowhere.
 
     `kind` is what the rules suggest there.
