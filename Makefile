@@ -16,6 +16,7 @@ demo: $(VENV)/.installed  ## the planted world from nothing to the report; finis
 	$(BIN)/python train.py configs/demo/sae.yaml
 	$(BIN)/python train.py configs/demo/probe.yaml
 	$(BIN)/python evaluate.py configs/demo/atlas.yaml
+	$(BIN)/python evaluate.py configs/demo/shortcuts.yaml
 	$(BIN)/python evaluate.py configs/demo/evaluate.yaml
 
 test: $(VENV)/.installed-dev  ## all tests that need no GPU and no network

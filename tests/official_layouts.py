@@ -12,6 +12,7 @@ from clipattr.shards_cli import run_shards
 from tests.build_sources import photo
 
 Samples = dict[str, dict[str, object]]
+SEXES = ["", "female", "male"]
 CHEXPERT = (
     "Path,Sex,Age,Frontal/Lateral,AP/PA,No Finding,Enlarged Cardiomediastinum,Cardiomegaly,"
     "Lung Opacity,Lung Lesion,Edema,Consolidation,Pneumonia,Atelectasis,Pneumothorax,"
@@ -34,10 +35,10 @@ def write_lines(path: Path, *lines: str) -> None:
     path.write_text("".join(f"{line}\n" for line in lines))
 
 
-def waterbirds(folder: Path) -> list[tuple[str, int, int, int]]:
+def waterbirds(folder: Path, n: int = 24) -> list[tuple[str, int, int, int]]:
     """Two images per split, bird and place; returns (path, y, split, place)."""
     rows = []
-    for number in range(24):
+    for number in range(n):
         split, y, place = number // 4 % 3, number // 2 % 2, number % 2
         species = "001.Black_footed_Albatross" if y else "017.Cardinal"
         rows.append((f"{species}/Bird_{number:04d}.jpg", y, split, place))
@@ -51,24 +52,30 @@ def waterbirds(folder: Path) -> list[tuple[str, int, int, int]]:
     return rows
 
 
-def celeba(folder: Path, *, is_kaggle: bool = False) -> list[tuple[str, int, int, int]]:
-    """Twelve faces, three attributes; returns (file, blond, male, split)."""
+def celeba(
+    folder: Path, n: int = 12, *, is_kaggle: bool = False
+) -> list[tuple[str, int, int, int]]:
+    """Faces, a third in each split, and four attributes; returns (file, blond, male, split)."""
     rows = [
-        (f"{number + 1:06d}.jpg", number % 2, number // 2 % 2, number // 4) for number in range(12)
+        (f"{number + 1:06d}.jpg", number % 2, number // 2 % 2, number // (n // 3))
+        for number in range(n)
     ]
     inner = "img_align_celeba/img_align_celeba" if is_kaggle else "img_align_celeba"
     write_pictures(folder, [f"{inner}/{row[0]}" for row in rows])
     signs = ["-1", "1"]
-    names = ["Bald", "Blond_Hair", "Male"]
-    cells = [[file, "-1", signs[blond], signs[male]] for file, blond, male, _ in rows]
+    names = ["Bald", "Blond_Hair", "Eyeglasses", "Male"]
+    cells = [
+        [file, "-1", signs[blond], signs[place // 4 % 2], signs[male]]
+        for place, (file, blond, male, _) in enumerate(rows)
+    ]
     if is_kaggle:
         header = ",".join(["image_id", *names])
         write_lines(folder / "list_attr_celeba.csv", header, *(",".join(one) for one in cells))
         parts = [f"{row[0]},{row[3]}" for row in rows]
         write_lines(folder / "list_eval_partition.csv", "image_id,partition", *parts)
     else:
-        lines = ["{} {:>2} {:>2} {:>2}".format(*one) for one in cells]
-        write_lines(folder / "list_attr_celeba.txt", "12", " ".join(names) + " ", *lines)
+        lines = ["{} {:>2} {:>2} {:>2} {:>2}".format(*one) for one in cells]
+        write_lines(folder / "list_attr_celeba.txt", str(n), " ".join(names) + " ", *lines)
         write_lines(folder / "list_eval_partition.txt", *(f"{row[0]} {row[3]}" for row in rows))
     return rows
 
@@ -89,7 +96,7 @@ def isic2019(folder: Path, n: int = 96) -> list[tuple[str, str, str]]:
     ]
     write_lines(Path(f"{stem}_GroundTruth.csv"), ",".join(["image", *codes, "UNK"]), *truth)
     known = [
-        f"{image},{55.0 if number % 3 else ''},anterior torso,{lesion},{['', 'female'][number % 2]}"
+        f"{image},{55.0 if number % 3 else ''},anterior torso,{lesion},{SEXES[number % 3]}"
         for number, (image, _, lesion) in enumerate(rows)
     ]
     header = "image,age_approx,anatom_site_general,lesion_id,sex"
@@ -112,8 +119,9 @@ def isic2020(folder: Path, n: int = 96, *, is_kaggle: bool = False) -> list[tupl
     write_pictures(folder, [f"{inner}/{row[0]}.jpg" for row in rows])
     outcomes = ["benign", "malignant"]
     lines = [
-        f"{image},{patient},male,45.0,head/neck,unknown,{outcomes[target]},{target}"
-        for image, patient, target in rows
+        f"{image},{patient},{SEXES[1 + number // 4 % 2]},45.0,head/neck,unknown,"
+        f"{outcomes[target]},{target}"
+        for number, (image, patient, target) in enumerate(rows)
     ]
     header = "image_name,patient_id,sex,age_approx,anatom_site_general_challenge,diagnosis,"
     write_lines(folder / table, f"{header}benign_malignant,target", *lines)
@@ -130,20 +138,20 @@ def ham10000(folder: Path, n: int = 40) -> list[tuple[str, str, str]]:
     names = [f"HAM10000_images_part_{place % 2 + 1}/{row[0]}.jpg" for place, row in enumerate(rows)]
     write_pictures(folder, names)
     lines = [
-        f"{lesion},{image},{dx},histo,{'' if dx == 'df' else '80.0'},male,scalp"
-        for image, dx, lesion in rows
+        f"{lesion},{image},{dx},histo,{'' if dx == 'df' else '80.0'},{SEXES[1 + number % 2]},scalp"
+        for number, (image, dx, lesion) in enumerate(rows)
     ]
     header = "lesion_id,image_id,dx,dx_type,age,sex,localization"
     write_lines(folder / "HAM10000_metadata.csv", header, *lines)
     return rows
 
 
-def chexpert(folder: Path) -> list[tuple[str, str, str, str]]:
+def chexpert(folder: Path, n: int = 32) -> list[tuple[str, str, str, str]]:
     """Frontal and lateral views; returns (path, view, Pneumothorax, Support Devices)."""
     states = ["1.0", "0.0", "", "-1.0"]
     rows = []
-    for number in range(32):
-        part = "valid" if number >= 24 else "train"
+    for number in range(n):
+        part = "valid" if number >= n * 3 // 4 else "train"
         view = "Lateral" if number % 6 == 5 else "Frontal"
         study = f"{part}/patient{number // 2:05d}/study{number % 2 + 1}"
         finding = states[number % 4] if part == "train" else states[number % 2]
@@ -160,15 +168,20 @@ def chexpert(folder: Path) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def metashift(folder: Path, *, has_splits: bool) -> list[str]:
-    """Cats and dogs, two contexts each; images 2 and 3 are in two contexts. Returns the paths."""
+def metashift(folder: Path, *, has_splits: bool, more: int = 0) -> list[str]:
+    """Cats and dogs, two contexts each; images 2 and 3 are in two contexts. Returns the paths.
+
+    `more` images of each in one context alone.
+    """
     names = []
     for split, first in (("train", 0), ("test", 100)) if has_splits else (("", 0),):
         for place, label in enumerate(("cat", "dog")):
             for context, numbers in (("sofa", (0, 1, 2, 3)), ("bed", (2, 3, 4))):
-                start = first + 50 * place
                 inner = f"{split}/{label}/" if has_splits else ""
-                names += [f"{inner}{label}({context})/{2315000 + start + n}.jpg" for n in numbers]
+                alone = range(1000, 1000 + more) if context == "sofa" else range(2000, 2000 + more)
+                images = [first + 50 * place + number for number in numbers]
+                images += [5000 * place + 50 * first + number for number in alone]
+                names += [f"{inner}{label}({context})/{2315000 + image}.jpg" for image in images]
     write_pictures(folder, names)
     return names
 

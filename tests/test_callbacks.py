@@ -10,7 +10,6 @@ from torch.nn.functional import normalize
 from clipattr.callbacks import (
     ExamplesCallback,
     FaithfulnessCallback,
-    HeadsCallback,
     ReconstructionCallback,
     RelianceCallback,
 )
@@ -198,34 +197,6 @@ def test_examples_are_the_largest_activations(scene, tmp_path):
         order = dense[:, latent].argsort(descending=True, stable=True)[:3]
         expected = [int(i) if dense[i, latent] > 0 else -1 for i in order]
         assert callback.result.ids[latent].tolist() == expected
-
-
-def test_heads_give_scores_totals_and_cue_sums(scene, tmp_path):
-    bias = torch.tensor([0.25, -1.0, 0.0])
-    cues = {"tag": torch.tensor([1, 5, 7]), "seal": torch.tensor([0])}
-    names = ("a", "b", "c")
-    callback = HeadsCallback(scene.spliced, scene.weights, bias, names=names, cue_latents=cues)
-    run(scene, tmp_path, callback)
-    for number, name in enumerate(names):
-        for image in (0, 17, 29):
-            x = scene.x[image].clone().requires_grad_()
-            unit = normalize(scene.spliced.cut.suffix(x[None]), dim=1)[0]
-            score = unit @ scene.weights[number]
-            (gradient,) = torch.autograd.grad(score, x)
-            parts = contributions(scene, image)
-            effects = {j: float(part @ gradient.double()) for j, part in parts.items()}
-            expected = plain_score(scene, scene.x[image], number) + float(bias[number])
-            assert float(callback.result[f"{name}.score"][image]) == pytest.approx(
-                expected, abs=1e-5
-            )
-            total = sum(abs(value) for value in effects.values())
-            assert float(callback.result[f"{name}.total"][image]) == pytest.approx(total, abs=1e-5)
-            x = scene.x[image].double() - sum(p for j, p in parts.items() if j in (1, 5, 7))
-            expected = plain_score(scene, x, number) + float(bias[number])
-            edited = float(callback.result[f"{name}.without_tag"][image])
-            assert edited == pytest.approx(expected, abs=1e-5)
-            of_tag = sum(value for j, value in effects.items() if j in (1, 5, 7))
-            assert float(callback.result[f"{name}.tag"][image]) == pytest.approx(of_tag, abs=1e-5)
 
 
 def test_an_edit_is_the_edit_of_the_activation(scene):

@@ -49,6 +49,16 @@ def test_values():
     assert has([80.0, "80", 8], "json:f=80.0") == [True, True, False]
 
 
+def test_a_list_has_every_value_in_it():
+    values = [["tag", "seal"], ["seal"], [], None, "tag", [1, " tag "]]
+    assert has(values, "json:f=tag") == [True, False, False, None, True, True]
+    assert has(values, "json:f=1") == [False, False, False, None, False, True]
+    with pytest.raises(DataError, match=r"says \['tag', 'seal'\], .* seal \(2\)"):
+        read_cue([{"f": value} for value in values], parse_rule("json:f"))
+    with pytest.raises(DataError, match=r"none of 1 images has it; its values are tag \(1\)"):
+        read_cue([{"f": ["tag"]}], parse_rule("json:f=stamp"))
+
+
 def test_messages():
     rows = [{"f": -1, "g": "x"}, {"f": 1, "g": "x"}, {"f": None, "g": "y"}]
     with pytest.raises(DataError, match=r"json:f: b0 says -1.0, .* json:f=VALUE; its values are"):

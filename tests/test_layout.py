@@ -92,7 +92,7 @@ def test_demo_is_the_same_in_makefile_and_image():
     steps = re.findall(r"(train|evaluate)\.py (configs/demo/\S+)", (ROOT / "Makefile").read_text())
     dockerfile = (ROOT / "docker" / "Dockerfile").read_text()
     commands = [line for line in dockerfile.splitlines() if line.startswith("CMD")]
-    assert len(steps) == 5
+    assert len(steps) == 6
     assert len(commands) == 2
     for command in commands:
         assert re.findall(r"clipattr-(train|evaluate) (configs/demo/[\w.]+)", command) == steps

@@ -7,6 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
+from sklearn.multiclass import OneVsRestClassifier
 
 from clipattr.errors import ConfigError, DataError
 from clipattr.probes.estimator import LogisticProbe, Validation
@@ -114,6 +115,72 @@ def test_says_what_did_not_converge(caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING):
         LogisticProbe(1e3, max_iter=1).fit(x, y)
     assert "C=1000: stopped after 1 iterations" in caplog.text
+
+
+def make_tasks(seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Three labels, none of them a function of the others; the last one is rare."""
+    draw = np.random.default_rng(seed)
+    x = draw.normal(size=(600, 5))
+    noise = draw.normal(size=(600, 3))
+    y = (x[:, :3] + x[:, 1:4] / 2 + noise > np.array([0, -0.5, 1.8])).astype(int)
+    return x.astype(np.float32), y
+
+
+def test_several_labels_have_the_shapes_and_values_of_sklearn():
+    x, y = make_tasks()
+    probe = LogisticProbe(0.3, tol=1e-9).fit(x, y)
+    reference = OneVsRestClassifier(LogisticRegression(C=0.3, tol=1e-9, max_iter=9999))
+    reference.fit(x.astype(np.float64), y)
+    close = {"rtol": 2e-3, "atol": 2e-3}
+    assert probe.classes_.tolist() == reference.classes_.tolist()
+    np.testing.assert_allclose(probe.predict_proba(x), reference.predict_proba(x), **close)
+    np.testing.assert_allclose(probe.decision_function(x), reference.decision_function(x), **close)
+    np.testing.assert_array_equal(probe.predict(x), reference.predict(x))
+    assert probe.score(x, y) == pytest.approx(reference.score(x, y))
+    logits = probe.to_linear()(torch.from_numpy(x)).sigmoid().detach()
+    np.testing.assert_allclose(logits, probe.predict_proba(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("weight", [None, "balanced", {0: 1.0, 1: 3.0}])
+def test_several_labels_are_one_probe_for_each(weight: object):
+    x, y = make_tasks()
+    held_out, truth = make_tasks(1)
+    groups = np.where(held_out[:, 4] > 0, 1, 0)
+    s = np.random.default_rng(5).random(len(x))
+    options = {"class_weight": weight, "criterion": "worst_group", "tol": 1e-9}
+    Cs = [10.0, 1e-3, 0.1]
+    both = LogisticProbe(Cs, **options)  # pyright: ignore
+    both.fit(x, y, s, validation=Validation(held_out, truth, groups))
+    for task in range(3):
+        alone = LogisticProbe(Cs, **options)  # pyright: ignore
+        alone.fit(x, y[:, task], s, validation=Validation(held_out, truth[:, task], groups))
+        assert np.asarray(both.C_)[task] == alone.C_
+        np.testing.assert_allclose(both.coef_[task], alone.coef_[0], rtol=1e-3, atol=1e-4)
+        np.testing.assert_array_equal(both.predict(held_out)[:, task], alone.predict(held_out))
+        found = both.path_[3 * task : 3 * task + 3]
+        assert [value for _, value in found] == [value for _, value in alone.path_]
+        assert [one.C for one, _ in found] == Cs
+
+
+def test_one_column_of_labels_is_one_task():
+    x, y = make_tasks()
+    one = LogisticProbe().fit(x, y[:, :1])
+    assert one.predict(x).shape == one.predict_proba(x).shape == (600, 1)
+    np.testing.assert_array_equal(one.predict(x)[:, 0], LogisticProbe().fit(x, y[:, 0]).predict(x))
+
+
+@pytest.mark.parametrize(
+    ("y", "validation", "message"),
+    [
+        (np.full((600, 2), 2), None, r"labels \[600, 2\] of several tasks: must be"),
+        (np.eye(600, 3, k=1) * 0, None, r"the same label in the columns \[0, 1, 2\]"),
+        (make_tasks()[1], Validation(make_tasks()[0], make_tasks()[1][:, :2]), "of 2 tasks, the f"),
+        (make_tasks()[1], Validation(make_tasks()[0], [0] * 600), "validation labels"),
+    ],
+)
+def test_refuses_labels_of_tasks(y: np.ndarray, validation: Validation | None, message: str):
+    with pytest.raises(DataError, match=message):
+        LogisticProbe().fit(make_tasks()[0], y, validation=validation)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,13 @@ MODEL = {"name": "planted-world", "weights_sha256": "abc"}
 RECORD = ProbeRecord(["intact", "cracked", "other"], MODEL, "cls", "f00d", {"accuracy": 0.5})
 
 
+OLD_FIELDS = {
+    name: value
+    for name, value in asdict(RECORD).items()
+    if name not in ("is_multilabel", "preprocess")
+}
+
+
 @pytest.fixture
 def probe() -> LinearProbe:
     probe = LinearProbe(5, 3)
@@ -89,7 +96,7 @@ def test_every_kind_makes_the_round_trip(kind: str, tmp_path: Path):
 
 def test_reads_schema_1(probe: LinearProbe, tmp_path: Path):
     old = {"architecture": "linear", "feature": "embedding, L2-normalised", "d_in": 5}
-    fields = {name: value for name, value in asdict(RECORD).items() if name != "feature"}
+    fields = {name: value for name, value in OLD_FIELDS.items() if name != "feature"}
     save_weights(tmp_path, "probe", probe.state_dict(), {**old, **fields}, 1)
     loaded, record = load_probe(tmp_path, expected_model=MODEL)
     assert torch.equal(loaded.weight, probe.weight)
@@ -100,9 +107,28 @@ def test_reads_schema_1(probe: LinearProbe, tmp_path: Path):
             load_probe(tmp_path)
 
 
+def test_reads_schema_2(tmp_path: Path):
+    head = MlpProbe(5, 3, hidden=4)
+    kind = {"kind": "mlp", "settings": {"d_in": 5, "hidden": 4}}
+    save_weights(tmp_path, "probe", head.state_dict(), {**kind, **OLD_FIELDS}, 2)
+    loaded, record = load_head(tmp_path, expected_model=MODEL)
+    assert isinstance(loaded, MlpProbe)
+    assert torch.equal(loaded.hidden.weight, head.hidden.weight)
+    assert record == RECORD
+    assert not record.is_multilabel
+
+
+def test_a_probe_of_several_labels_is_not_one_of_classes(probe: LinearProbe, tmp_path: Path):
+    save_probe(probe, tmp_path, replace(RECORD, is_multilabel=True, preprocess="Resize(32)"))
+    assert load_head(tmp_path)[1].preprocess == "Resize(32)"
+    with pytest.raises(CheckpointError, match="is_multilabel is True, expected False"):
+        load_probe(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"is_multilabel": 1}, "is_multilabel must be true or false"),
         ({"feature": "raw embedding"}, "feature is 'raw embedding', expected 'embedding, L2"),
         ({"kind": "resnet"}, "kind is 'resnet', expected linear, mlp"),
         ({"kind": "mlp"}, r"settings are .*'d_in': 5.*, expected \['d_in', 'hidden'\]"),
@@ -110,7 +136,7 @@ def test_reads_schema_1(probe: LinearProbe, tmp_path: Path):
             {"kind": "attention", "settings": {"d_in": 5, "n_heads": 2}},
             "probe.json: n_heads=2: must divide",
         ),
-        ({"schema_version": 0}, "schema_version is 0, expected 1 or 2"),
+        ({"schema_version": 0}, "schema_version is 0, expected 1 or 2 or 3"),
         ({"class_names": ["a", "b"]}, r"bias is torch.float32 \[3\], allowed .*\[2\]"),
         ({"class_names": 3}, "class_names must be a list"),
         ({"settings": {"d_in": 4}}, r"\[3, 4\]"),

@@ -82,8 +82,9 @@ def test_isic2019_keeps_lesions_together():
         one = by_name[image]
         assert full.get(code, one["class"]) == one["class"]
         assert one["lesion_id"] == (lesion or None)
-        assert one["cue"] == ("female" if number % 2 else None)
-        assert one["group"] == f"{one['class']}, sex={'female' if number % 2 else 'unknown'}"
+        sex = layouts.SEXES[number % 3]
+        assert one["cue"] == (sex or None)
+        assert one["group"] == f"{one['class']}, sex={sex or 'unknown'}"
         assert one["age_approx"] == (55.0 if number % 3 else None)
     assert len({one["class"] for one in by_name.values()}) == 8
     check_apart(found, "lesion_id")

@@ -113,8 +113,8 @@ def test_celeba_lists_that_are_cut(capsys):
     assert "the first line says '12' images, and 11 lines follow" in capsys.readouterr().err
     write_lines(path, *lines[:4], "000003.jpg -1 1", *lines[5:])
     assert convert("celeba") == 2
-    assert "list_attr_celeba.txt, row 5: malformed row (3 words, where 4" in capsys.readouterr().err
-    write_lines(path, *lines[:4], "000003.jpg -1 0 1", *lines[5:])
+    assert "list_attr_celeba.txt, row 5: malformed row (3 words, where 5" in capsys.readouterr().err
+    write_lines(path, *lines[:4], "000003.jpg -1 0 1 1", *lines[5:])
     assert convert("celeba") == 2
     shown = capsys.readouterr().err
     assert "row 5: unknown label (Blond_Hair is '0'; allowed are 1 and -1)" in shown

@@ -1,3 +1,5 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -5,15 +7,14 @@ from sklearn.metrics import accuracy_score
 
 from clipattr.codes import SparseCodes
 from clipattr.errors import DataError
+from clipattr.metrics.groups import count_groups
 from clipattr.shortcuts.amplification import (
     amplification_ratio,
     attribution_share,
-    cue_effects,
     pair_effects,
     remove_latents,
     standardise,
 )
-from clipattr.shortcuts.groups import count_groups
 
 CUE = torch.tensor([1, 4])
 
@@ -38,31 +39,20 @@ def test_effects_are_float64_differences():
 
 
 def test_standardised_effects_equal_numpy():
-    scores = [torch.randn(50, generator=seeded(n)) * s for n, s in ((0, 0.01), (1, 7.0))]
-    effects = [torch.randn(9, generator=seeded(n)) for n in (2, 3)]
-    result = cue_effects(
-        text_effects=effects[0],
-        probe_effects=effects[1],
-        text_scores=scores[0],
-        probe_scores=scores[1],
-    )
-    for found, effect, score in zip(result, effects, scores, strict=True):
-        expected = effect.numpy().astype(np.float64) / np.std(score.numpy().astype(np.float64))
+    for seed, unit in ((0, 0.01), (1, 7.0)):
+        scores, effects = (torch.randn(n, generator=seeded(seed)) for n in (50, 9))
+        scores *= unit
+        expected = effects.numpy().astype(np.float64) / np.std(scores.numpy().astype(np.float64))
+        found = standardise(effects, scores)
         np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12)
 
 
 def test_amplification_does_not_depend_on_the_heads_units():
-    text, probe = torch.tensor([0.1, 0.3]), torch.tensor([-0.4, -0.8])
-    text_scores, probe_scores = torch.tensor([0.0, 2.0]), torch.tensor([0.0, 2.0])
+    text, probe, scores = (torch.tensor(each) for each in ([0.1, 0.3], [-0.4, -0.8], [0.0, 2.0]))
     ratios = []
     for unit in (1.0, 100.0):
-        effects = cue_effects(
-            text_effects=text,
-            probe_effects=unit * probe,
-            text_scores=text_scores,
-            probe_scores=unit * probe_scores,
-        )
-        ratios.append(amplification_ratio(effects.probe.mean(), effects.text.mean()).item())
+        effects = standardise(text, scores), standardise(unit * probe, unit * scores)
+        ratios.append(amplification_ratio(effects[1].mean(), effects[0].mean()).item())
     assert ratios == pytest.approx([-3.0, -3.0])
     assert amplification_ratio(torch.ones(2), torch.tensor([0.0, -2.0])).tolist() == [
         float("inf"),
@@ -77,27 +67,22 @@ def test_constant_scores_are_refused(scores: torch.Tensor):
 
 
 def test_attribution_share_equals_plain_loop(codes: SparseCodes):
-    attributions = torch.randn(5, 4, generator=seeded(4))
-    share = attribution_share(attributions, codes, CUE)
-    for row in range(5):
-        cue = total = 0.0
-        for slot in range(4):
-            if codes.values[row, slot] != 0:
-                total += abs(attributions[row, slot].item())
-                if codes.indices[row, slot].item() in CUE.tolist():
-                    cue += attributions[row, slot].item()
-        assert share.cue[row].item() == pytest.approx(cue, abs=1e-12)
-        assert share.total[row].item() == pytest.approx(total, abs=1e-12)
-    assert share.cue.abs().sum() > 0
-
-
-def test_attribution_share_sums_over_tokens(codes: SparseCodes):
-    attributions = torch.randn(5, 4, generator=seeded(4))
-    share = attribution_share(attributions, codes, CUE)
-    tokens = SparseCodes(codes.indices[None], codes.values[None], 6)
-    summed = attribution_share(attributions[None], tokens, CUE)
-    torch.testing.assert_close(summed.cue, share.cue.sum(0, keepdim=True))
-    torch.testing.assert_close(summed.total, share.total.sum(0, keepdim=True))
+    attributions = torch.randn(5, 4, 2, 3, generator=seeded(4))
+    attributions[:, 3] = 0  # padding
+    cues = [CUE, torch.tensor([0]), CUE[:0]]
+    share = attribution_share(attributions, codes.indices, cues)
+    assert share.cue.shape == (3, 5, 2, 3)
+    for row, head, score in itertools.product(range(5), range(2), range(3)):
+        of_image = attributions[row, :, head, score].tolist()
+        total = sum(abs(value) for value in of_image)
+        assert share.total[row, head, score].item() == pytest.approx(total, abs=1e-12)
+        for number, cue in enumerate(cues):
+            named = [latent in cue.tolist() for latent in codes.indices[row].tolist()]
+            expected = sum(value for value, is_it in zip(of_image, named, strict=True) if is_it)
+            found = share.cue[number, row, head, score].item()
+            assert found == pytest.approx(expected, abs=1e-12)
+    assert share.cue[:2].abs().sum() > 0
+    assert attribution_share(attributions, codes.indices, []).cue.shape == (0, 5, 2, 3)
 
 
 def test_remove_latents_equals_dense_edit(codes: SparseCodes):

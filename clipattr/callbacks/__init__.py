@@ -8,11 +8,11 @@ from clipattr.callbacks.class_reliance import ClassReliance
 from clipattr.callbacks.examples import ExamplesCallback
 from clipattr.callbacks.faithfulness import FaithfulnessCallback
 from clipattr.callbacks.global_deletion import GlobalDeletionCallback
-from clipattr.callbacks.heads import HeadsCallback
 from clipattr.callbacks.latents import LatentsCallback
 from clipattr.callbacks.reconstruction import ReconstructionCallback
 from clipattr.callbacks.reliance import RelianceCallback
 from clipattr.callbacks.sae_evaluation import SaeEvaluation, mean_by_type
+from clipattr.callbacks.shortcuts import LinearHead, ShortcutCallback
 from clipattr.callbacks.shuffled import ShuffledNames, ShuffledReliance
 from clipattr.callbacks.training_faithfulness import (
     HeldOut,
@@ -25,12 +25,13 @@ __all__ = [
     "ExamplesCallback",
     "FaithfulnessCallback",
     "GlobalDeletionCallback",
-    "HeadsCallback",
     "HeldOut",
     "LatentsCallback",
+    "LinearHead",
     "ReconstructionCallback",
     "RelianceCallback",
     "SaeEvaluation",
+    "ShortcutCallback",
     "ShuffledNames",
     "ShuffledReliance",
     "TrainingFaithfulness",

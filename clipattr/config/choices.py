@@ -153,3 +153,17 @@ class TokenPool(Enum):
     max = "max"
     mean = "mean"
     sum = "sum"
+
+
+class Init(Enum):
+    """What a linear head starts from."""
+
+    zero = "zero"
+    text = "text"
+
+
+class ClassWeight(Enum):
+    """What the images of a class count in the loss."""
+
+    none = "none"
+    balanced = "balanced"

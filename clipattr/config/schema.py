@@ -4,8 +4,9 @@ One dataclass per section, one docstring line per field (`--help` prints them). 
 with `job: <name>`, which selects the class in `JOBS`; it holds what differs from the defaults.
 `inputs.py` has the model, the site and the data, `sae.py` the dictionaries, `evaluation.py` what an
 evaluation computes, `attribution.py` which scores are attributed, `explain.py` what is asked about
-one image, `atlas.py` what latents mean, `find.py` what is looked for among them, `world.py` the
-planted world.
+one image, `atlas.py` what latents mean, `find.py` what is looked for among them, `shortcuts.py`
+which cues a probe leans on, `predict.py` which pictures are classified, `world.py` the planted
+world, `trainer.py` where and how long a job computes.
 """
 
 from dataclasses import dataclass, field
@@ -15,10 +16,10 @@ from omegaconf import MISSING
 
 from clipattr.config.atlas import AtlasQuestion
 from clipattr.config.attribution import AttributionQuestion
-from clipattr.config.choices import Logger, Precision
 from clipattr.config.evaluation import EvaluationConfig, PromptsConfig, ZeroshotConfig
 from clipattr.config.explain import Question
 from clipattr.config.find import Search
+from clipattr.config.finetune import FinetuneTask
 from clipattr.config.inputs import (
     DataConfig,
     ModelConfig,
@@ -27,69 +28,21 @@ from clipattr.config.inputs import (
     TrainingImagesConfig,
     check_target,
 )
-from clipattr.config.learners import ClipConfig, ProbeConfig
-from clipattr.config.limits import check_divides, check_positive
+from clipattr.config.learners import ClipConfig
+from clipattr.config.limits import check_divides
+from clipattr.config.predict import PredictTask
+from clipattr.config.probe import ProbeQuestion
 from clipattr.config.sae import SaeConfig
+from clipattr.config.shortcuts import ShortcutsQuestion
+from clipattr.config.trainer import (
+    DeviceConfig,
+    DevicesConfig,
+    SaeTrainerConfig,
+    TrainerConfig,
+)
 from clipattr.config.training_faithfulness import TrainingFaithfulnessConfig
 from clipattr.config.world import WorldConfig
 from clipattr.errors import ConfigError
-
-
-@dataclass
-class DeviceConfig:
-    """Where a job computes."""
-
-    accelerator: str = "auto"
-    """auto (a CUDA GPU when there is one), cpu or gpu"""
-    progress: bool = True
-    """show progress bars"""
-
-    def check(self) -> None:
-        """Raise ConfigError when a value cannot work."""
-        if self.accelerator not in ("auto", "cpu", "gpu"):
-            raise ConfigError(f"trainer.accelerator={self.accelerator!r}: must be auto, cpu or gpu")
-
-
-@dataclass
-class DevicesConfig(DeviceConfig):
-    """Where a job computes that can share its work."""
-
-    devices: int = 1
-    """processes (CPU) or GPUs"""
-
-    def check(self) -> None:
-        """Raise ConfigError when a value cannot work."""
-        super().check()
-        check_positive(self, "trainer", "devices")
-
-
-@dataclass
-class TrainerConfig(DevicesConfig):
-    """How long, on what, and how often to look and save."""
-
-    steps: int = 1000
-    """optimiser steps"""
-    precision: Precision = Precision.fp32
-    """fp32 or bf16 (mixed)"""
-    log_every: int = 50
-    """steps between two logged points"""
-    checkpoint_every: int = 500
-    """steps between two checkpoints; a killed run resumes from the last one"""
-    logger: Logger = Logger.csv
-    """csv, tensorboard (extra) or wandb (extra)"""
-
-    def check(self) -> None:
-        """Raise ConfigError when a value cannot work."""
-        super().check()
-        check_positive(self, "trainer", "steps", "log_every", "checkpoint_every")
-
-
-@dataclass
-class SaeTrainerConfig(TrainerConfig):
-    """The same, and what the devices have between them."""
-
-    shard_latents: bool = False
-    """devices divide the latents, and not the rows: a topk dictionary too wide for one of them"""
 
 
 @dataclass
@@ -140,6 +93,7 @@ class JobConfig:
             "sae",
             "probe",
             "clip",
+            "finetune",
             "world",
             "evaluation",
             "zeroshot",
@@ -239,18 +193,35 @@ class CacheActivations(JobConfig):
 
 
 @dataclass
-class TrainProbe(JobConfig):
-    """train_probe: train a linear probe on frozen CLIP embeddings."""
+class TrainProbe(ProbeQuestion, JobConfig):
+    """train_probe: train a head on frozen CLIP features, and choose among several."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    probe: ProbeConfig = field(default_factory=ProbeConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+
+    def paths(self) -> dict[str, str]:
+        """As for every job, and the shards that it is chosen on."""
+        chosen_on = {} if self.validation is None else {"validation": self.validation}
+        return super().paths() | chosen_on
 
     def check(self) -> None:
         """Raise ConfigError when a value or a combination cannot work."""
         super().check()
-        check_divides(self.probe.batch_size, "probe.batch_size", self.trainer.devices)
+        self.check_question(self.trainer)
+
+
+@dataclass
+class Finetune(FinetuneTask, JobConfig):
+    """finetune: train the last blocks of a CLIP's image tower with a linear head."""
+
+    def paths(self) -> dict[str, str]:
+        """As for every job, and the probe that the head starts from."""
+        start = self.finetune.start
+        return super().paths() | ({} if start is None else {"finetune.start": start})
+
+    def check(self) -> None:
+        """Raise ConfigError when a value or a combination cannot work."""
+        super().check()
+        self.check_task()
 
 
 @dataclass
@@ -374,12 +345,41 @@ class Find(Search, JobConfig):
         self.check_search()
 
 
+@dataclass
+class Shortcuts(ShortcutsQuestion, JobConfig):
+    """shortcuts: which cues a probe leans on, how much more than prompts do, and repairs."""
+
+    trainer: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def check(self) -> None:
+        """Raise ConfigError when a value or a combination cannot work."""
+        super().check()
+        self.check_question()
+
+
+@dataclass
+class Predict(PredictTask, JobConfig):
+    """predict: class probabilities of the pictures in a folder, by a probe."""
+
+    trainer: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def paths(self) -> dict[str, str]:
+        """As for every job, and the pictures."""
+        return {"images": self.images} | super().paths()
+
+    def check(self) -> None:
+        """Raise ConfigError when a value or a combination cannot work."""
+        super().check()
+        self.check_task()
+
+
 TRAIN_JOBS: dict[str, type[JobConfig]] = {
     "render_world": RenderWorld,
     "train_clip": TrainClip,
     "cache_activations": CacheActivations,
     "train_sae": TrainSae,
     "train_probe": TrainProbe,
+    "finetune": Finetune,
 }
 EVALUATE_JOBS: dict[str, type[JobConfig]] = {
     "evaluate_zeroshot": EvaluateZeroshot,
@@ -390,5 +390,7 @@ EVALUATE_JOBS: dict[str, type[JobConfig]] = {
     "explain": Explain,
     "atlas": Atlas,
     "find": Find,
+    "predict": Predict,
+    "shortcuts": Shortcuts,
 }
 JOBS = TRAIN_JOBS | EVALUATE_JOBS

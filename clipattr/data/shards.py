@@ -140,12 +140,18 @@ def read_label(sample: Sample, label: str, classes: Sequence[str]) -> int:
         if key not in content:
             raise DataError(f"{sample.shard}: {sample.key}.json has no key {key!r}")
         text = str(content[key])
-    if text in classes and not text.isdecimal():
-        return classes.index(text)
-    text = {"True": "1", "False": "0"}.get(text, text)
-    if not text.isdecimal() or int(text) >= len(classes):
+    number = number_of_class(text, classes)
+    if number is None:
         raise DataError(
             f"{sample.shard}: label {label!r} of sample {sample.key!r} is {text!r}; "
             f"allowed are 0 to {len(classes) - 1} and the names of the classes"
         )
-    return int(text)
+    return number
+
+
+def number_of_class(text: str, classes: Sequence[str]) -> int | None:
+    """The class that a label names or counts; None where it is none of them."""
+    if text in classes and not text.isdecimal():
+        return classes.index(text)
+    text = {"True": "1", "False": "0"}.get(text, text)
+    return int(text) if text.isdecimal() and int(text) < len(classes) else None

@@ -10,8 +10,11 @@ from clipattr.config.schema import (
     EvaluateZeroshot,
     Explain,
     Find,
+    Finetune,
     JobConfig,
+    Predict,
     RenderWorld,
+    Shortcuts,
     TrainClip,
     TrainProbe,
     TrainSae,
@@ -41,6 +44,10 @@ def run(config: JobConfig, command: list[str]) -> None:
             from clipattr.jobs.train_probe import train_probe
 
             train_probe(config, command)
+        case Finetune():
+            from clipattr.jobs.finetune import finetune
+
+            finetune(config, command)
         case _:
             _evaluate(config, command)
 
@@ -67,6 +74,13 @@ def _evaluate(config: JobConfig, command: list[str]) -> None:
             from clipattr.jobs.evaluate_attribution import evaluate_attribution
 
             evaluate_attribution(config, command)
+        case _:
+            _answer(config, command)
+
+
+def _answer(config: JobConfig, command: list[str]) -> None:
+    """Jobs that answer a question of a person."""
+    match config:
         case Explain():
             from clipattr.jobs.explain import explain
 
@@ -79,5 +93,13 @@ def _evaluate(config: JobConfig, command: list[str]) -> None:
             from clipattr.jobs.find import find
 
             find(config, command)
+        case Shortcuts():
+            from clipattr.jobs.shortcuts import shortcuts
+
+            shortcuts(config, command)
+        case Predict():
+            from clipattr.jobs.predict import predict
+
+            predict(config, command)
         case _:
             raise AssertionError(f"no job for {type(config).__name__}")

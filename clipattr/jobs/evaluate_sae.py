@@ -68,13 +68,18 @@ def evaluate_sae(config: EvaluateSae, command: list[str]) -> None:
 def load_spliced(
     config: EvaluateSae | EvaluateAttribution | Explain | Atlas, clip: Clip
 ) -> Spliced:
+    """The SAE of a config in the tower."""
+    return splice_in(config.sae, config.model.name, clip)
+
+
+def splice_in(folder: str, model_name: str, clip: Clip) -> Spliced:
     """The SAE in the tower, at the site that its file names; one of another model is refused."""
-    model = {"name": config.model.name, "weights_sha256": clip.weights_sha256}
-    sae, record = load_sae(config.sae, expected_model=model, one_site=True)
+    model = {"name": model_name, "weights_sha256": clip.weights_sha256}
+    sae, record = load_sae(folder, expected_model=model, one_site=True)
     cut = image_tower(clip.model).cut(_site(record.site))
     if sae.d_model != cut.d_site:
         raise CheckpointError(
-            f"sae={config.sae}: is of width {sae.d_model}; {cut.site} has {cut.d_site}"
+            f"sae={folder}: is of width {sae.d_model}; {cut.site} has {cut.d_site}"
         )
     return Spliced(cut, sae.requires_grad_(False).to(clip.device))
 

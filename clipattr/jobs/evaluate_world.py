@@ -25,6 +25,7 @@ from clipattr.jobs.world_shortcuts import (
     measure_cue,
     measure_groups,
     pair_scores,
+    read_columns,
 )
 from clipattr.jobs.world_unexpected import Grade, grade_list, read_list
 from clipattr.jobs.world_zeroshot import zeroshot_accuracy
@@ -160,7 +161,9 @@ def measure_shortcuts(config: EvaluateWorld, data: WorldData, folder: Path) -> S
     on_pairs = build_heads(data, cue_latents)
     run_test(config, data.spliced, data.task_test.x, folder, [on_task])
     run_test(config, data.spliced, data.pairs.x, folder, [on_pairs])
-    task_scores, pair_rows = on_task.result, on_pairs.result
+    assert on_task.result is not None, "after the test"
+    assert on_pairs.result is not None, "after the test"
+    task_scores, pair_rows = read_columns(on_task.result), read_columns(on_pairs.result)
     pairs = pair_scores(pair_rows, task_scores, data.pairs)
     cues = [
         measure_cue(cue, latents, on_task=task_scores, on_pairs=pair_rows, pairs=pairs, **options)

@@ -1,112 +1,204 @@
-"""Train a linear probe on the normalised image embeddings of labelled shards, of any CLIP."""
+"""Train a head on frozen features of labelled shards, of any CLIP, and choose among several."""
 
+import csv
+import io
 import logging
-from functools import partial
+import math
+from pathlib import Path
+from typing import NamedTuple
 
 import lightning as L
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
-from torch.nn.functional import normalize
 
+from clipattr.atomic import write_text
 from clipattr.clip import Clip
-from clipattr.config.schema import ProbeConfig, TrainProbe
-from clipattr.data import ActivationStore, EvaluationStream, Ranks, ShardIndex
-from clipattr.data.shards import read_label
-from clipattr.data.store import hash_json
-from clipattr.jobs.model import load_model, read_embeddings
-from clipattr.jobs.shards import Images, find_images
-from clipattr.jobs.start import Plan, describe_model, describe_shards
+from clipattr.clip.templates import ClassNames, load_templates
+from clipattr.config.choices import Init
+from clipattr.config.probe import Feature, GroupMethod, HeadKind, Solver
+from clipattr.config.schema import TrainProbe
+from clipattr.data.pixels import Pixels
+from clipattr.jobs.class_head import Classes
+from clipattr.jobs.model import load_model
+from clipattr.jobs.probe_choice import Choice, choose, describe_quality, towards_text
+from clipattr.jobs.probe_convex import fit_method, fit_path
+from clipattr.jobs.probe_features import FeatureReader, describe_codes, describe_site
+from clipattr.jobs.probe_sets import ProbeRows, ProbeSet, read_rows, read_set
+from clipattr.jobs.probe_sgd import fit_sgd
+from clipattr.jobs.start import Plan, describe_files, describe_model, describe_shards
+from clipattr.probes.features import EmbeddingPart, FeatureSpec, Part
 from clipattr.probes.files import ProbeRecord, save_probe
 from clipattr.probes.linear import LinearProbe
-from clipattr.training.activations import ActivationDataModule
-from clipattr.training.probe_module import ProbeModule
-from clipattr.training.trainer import build_trainer, fit
+from clipattr.probes.text import text_probe
+from clipattr.runs import RunFolder
+from clipattr.sae.sae import Sae
 
 logger = logging.getLogger(__name__)
 
-ROWS = ("x", "images")
+PATH = "path.csv"
+
+
+class Inputs(NamedTuple):
+    """All that can be wrong before anything is computed."""
+
+    clip: Clip
+    reader: FeatureReader
+    training: ProbeSet
+    validation: ProbeSet | None
+    text: LinearProbe | None
+    """the text head, where training or interpolation starts from it"""
 
 
 def train_probe(config: TrainProbe, command: list[str]) -> None:
-    """Train and save `<run>/probe.safetensors` with `<run>/probe.json`."""
-    inputs: dict[str, object] = {
+    """Save `<run>/probe.safetensors` with `<run>/probe.json`, metrics.json and path.csv."""
+    outputs = ("probe.json", "probe.safetensors", PATH)
+    plan = Plan(config, command, _describe_inputs(config), outputs)
+    if plan.is_finished():
+        return
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    inputs = _load(config)
+    run = plan.open()
+    settings = config.probe
+    if settings.solver is Solver.lbfgs:
+        training, validation = _read_both(config, inputs)
+        if settings.method is GroupMethod.erm:
+            fitted = fit_path(settings, training, inputs.clip.device)
+            choice = choose(fitted, validation, settings.chosen_by.name)
+        else:
+            choice = fit_method(settings, training, validation, config.seed)
+    else:
+        start = inputs.text if settings.init is Init.text else None
+        fitted = fit_sgd(config, inputs.reader, inputs.training, start, run.path)
+        if fitted is None:
+            return
+        training, validation = _read_both(config, inputs)
+        choice = choose(fitted, validation, settings.chosen_by.name)
+    if settings.wise_ft:
+        assert inputs.text is not None, "loaded for it"
+        criterion = settings.chosen_by.name
+        choice = towards_text(choice, inputs.text, settings.wise_ft, validation, criterion)
+    _save(config, inputs, run, choice, training, validation)
+
+
+def _describe_inputs(config: TrainProbe) -> dict[str, object]:
+    found: dict[str, object] = {
         "model": describe_model(config.model),
         "shards": describe_shards(config.data.shards, "data.shards"),
     }
-    plan = Plan(config, command, inputs, ("probe.json", "probe.safetensors"))
-    if plan.is_finished():
-        return
-    settings = config.probe
-    L.seed_everything(config.seed, workers=True, verbose=False)
+    if config.validation is not None:
+        found["validation"] = describe_shards(config.validation, "validation")
+    if config.sae is not None:
+        names = ("sae.json", "sae.safetensors")
+        found["sae"] = describe_files([Path(config.sae) / name for name in names])
+    return found
+
+
+def _load(config: TrainProbe) -> Inputs:
     clip = load_model(config.model, config.trainer.accelerator)
-    needed = ("cls",) if settings.label == "cls" else ("json",)
-    images = find_images(config.data.shards, config.data, needed, progress=config.trainer.progress)
-    data = _rows(config, clip, images, _read_labels(images.usable, settings))
-    run = plan.open()
-    probe = LinearProbe(clip.d_embed, len(settings.classes))
-    module = ProbeModule(
-        probe, lr=settings.lr, weight_decay=settings.weight_decay, n_steps=config.trainer.steps
+    reader = _reader(config, clip)
+    training = read_set(config, config.data.shards, "data.shards")
+    validation = (
+        None if config.validation is None else read_set(config, config.validation, "validation")
     )
-    trainer = build_trainer(config.trainer, run.path)
-    fit(trainer, module, data, run.path)
-    if trainer.is_global_zero:
-        assert data.store is not None, "it was trained on"
-        fingerprint = hash_json(data.store.fingerprint)
-        metrics = {"train_accuracy": measure(probe, data)}
-        record = ProbeRecord(
-            class_names=list(settings.classes),
-            model={"name": config.model.name, "weights_sha256": clip.weights_sha256},
-            label_field=settings.label,
-            data_fingerprint=fingerprint,
-            metrics=metrics,
-        )
-        save_probe(probe, run.path, record)
-        run.write_bad([one._asdict() for one in (*images.bad, *data.store.bad)])
-        run.update_manifest(data=fingerprint)
-        run.write_metrics({"probe": metrics})
-        run.finish()
-        logger.info("accuracy on the training rows: %.3f", metrics["train_accuracy"])
+    return Inputs(clip, reader, training, validation, _text(config, clip))
 
 
-@torch.no_grad()
-def measure(probe: LinearProbe, data: ActivationDataModule) -> float:
-    """Share of the rows whose largest logit is that of their label."""
-    assert data.store is not None, "it was trained on"
-    n_right = 0
-    for batch in EvaluationStream(data.store, batch_size=data.batch_size, fields=ROWS):
-        features, labels = data.finish(*batch)
-        predictions = probe(features.to(probe.weight.device)).argmax(dim=1).cpu()
-        n_right += int((predictions == labels).sum())
-    return n_right / data.store.n_rows
+def _reader(config: TrainProbe, clip: Clip) -> FeatureReader:
+    parts: list[Part] = []
+    sae: Sae | None = None
+    for feature in config.probe.features:
+        match feature:
+            case Feature.embedding | Feature.embedding_raw:
+                parts.append(EmbeddingPart(feature is Feature.embedding))
+            case Feature.site:
+                assert config.site is not None, "checked by the config"
+                keep = config.probe.head is HeadKind.attention
+                parts.append(describe_site(clip, config.site, keep_tokens=keep))
+            case Feature.codes:
+                assert config.sae is not None, "checked by the config"
+                part, sae = describe_codes(clip, config.sae, config.probe.pool.name)
+                parts.append(part)
+    return FeatureReader(FeatureSpec(tuple(parts)), clip, sae)
 
 
-def _rows(
-    config: TrainProbe, clip: Clip, images: Images, labels: Int[Tensor, " image"]
-) -> ActivationDataModule:
-    """Embeddings with the labels of their images."""
-
-    def open_store(ranks: Ranks) -> ActivationStore:
-        progress = config.trainer.progress
-        store = read_embeddings(clip, images.usable, config.data, ranks=ranks, progress=progress)
-        images.add_bad(store.bad, config.data.max_bad_fraction)
-        return store
-
-    return ActivationDataModule(
-        open_store,
-        batch_size=config.probe.batch_size,
-        seed=config.seed,
-        n_steps=config.trainer.steps,
-        fields=ROWS,
-        finish=partial(_with_labels, labels),
+def _text(config: TrainProbe, clip: Clip) -> LinearProbe | None:
+    probe = config.probe
+    if probe.init is not Init.text and not probe.wise_ft:
+        return None
+    names = tuple(probe.classes)
+    classes = Classes(
+        ClassNames(tuple(probe.prompts) or names, names),
+        load_templates(probe.templates, setting="probe.templates"),
     )
+    head = classes.head(clip, config.data.cache, progress=config.trainer.progress)
+    return text_probe(head.weights, head.logit_scale)
 
 
-def _with_labels(
-    labels: Int[Tensor, " image"], x: Float[Tensor, "row embed"], images: Int[Tensor, " row"]
-) -> tuple[Float[Tensor, "row embed"], Int[Tensor, " row"]]:
-    return normalize(x.float(), dim=-1), labels.to(images.device)[images.long()]
+def _read_both(config: TrainProbe, inputs: Inputs) -> tuple[ProbeRows, ProbeRows | None]:
+    training = read_rows(config, inputs.reader, inputs.training, "data.shards")
+    if inputs.validation is None:
+        return training, None
+    return training, read_rows(config, inputs.reader, inputs.validation, "validation")
 
 
-def _read_labels(index: ShardIndex, settings: ProbeConfig) -> Int[Tensor, " image"]:
-    return torch.tensor([read_label(one, settings.label, settings.classes) for one in index])
+def _save(
+    config: TrainProbe,
+    inputs: Inputs,
+    run: RunFolder,
+    choice: Choice,
+    training: ProbeRows,
+    validation: ProbeRows | None,
+) -> None:
+    names, sets = config.probe.class_names, {"train": training}
+    if validation is not None:
+        sets["validation"] = validation
+    quality = {name: describe_quality(choice.head, rows, names) for name, rows in sets.items()}
+    metrics = {
+        f"{name}_{measure}": value
+        for name, measures in quality.items()
+        for measure, value in measures.items()
+        if isinstance(value, float) and math.isfinite(value)
+    }
+    fingerprint = training.found.fingerprint
+    record = ProbeRecord(
+        class_names=names,
+        model={"name": config.model.name, "weights_sha256": inputs.clip.weights_sha256},
+        label_field=", ".join(config.probe.labels),
+        data_fingerprint=fingerprint,
+        metrics=metrics,
+        feature=str(inputs.reader.spec),
+        is_multilabel=config.probe.is_multilabel,
+        preprocess=Pixels(inputs.clip.preprocess, config.data.decode.name).fingerprint,
+    )
+    save_probe(choice.head, run.path, record)
+    write_text(run.path / PATH, _table(choice.path))
+    labelled = [one for one in (inputs.training, inputs.validation) if one is not None]
+    bad = [one for each in labelled for one in each.images.bad]
+    bad += [one for rows in sets.values() for one in rows.found.bad]
+    run.write_bad([one._asdict() for one in bad])
+    run.update_manifest(data=fingerprint)
+    accuracy = metrics["train_accuracy"]
+    run.write_metrics({"probe": {"train_accuracy": accuracy, "chosen": choice.settings, **quality}})
+    run.finish()
+    _tell(choice, metrics, config.probe.chosen_by.name)
+
+
+def _table(path: list[dict[str, float | bool]]) -> str:
+    columns = list(dict.fromkeys(name for row in path for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    # Of one fit without validation there is no score.
+    writer.writerows(
+        {name: "" if value != value else value for name, value in row.items()} for row in path
+    )
+    return text.getvalue()
+
+
+def _tell(choice: Choice, metrics: dict[str, float], criterion: str) -> None:
+    if len(choice.path) > 1:
+        words = ", ".join(f"{name}={value:g}" for name, value in choice.settings.items())
+        logger.info("chosen by %s on the validation rows: %s", criterion, words)
+    logger.info("accuracy on the training rows: %.3f", metrics["train_accuracy"])
+    if "validation_accuracy" in metrics:
+        logger.info("accuracy on the validation rows: %.3f", metrics["validation_accuracy"])
+    if "validation_worst_group" in metrics:
+        logger.info("of their worst group: %.3f", metrics["validation_worst_group"])

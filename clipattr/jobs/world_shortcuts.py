@@ -1,6 +1,5 @@
 """How much more than a text prompt the probe leans on each sticker, and who is harmed."""
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,26 +7,23 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from clipattr.callbacks import HeadsCallback
+from clipattr.callbacks.shortcuts import LinearHead, ShortcutCallback
+from clipattr.callbacks.shortcuts_result import CueEffect, ShortcutResult, measure_effects
 from clipattr.clip import embed_prompts
 from clipattr.errors import DataError
 from clipattr.jobs.world_data import SplitRows, WorldData
 from clipattr.jobs.world_scorecard import latents_of
-from clipattr.metrics.intervals import Interval, bootstrap_mean, bootstrap_statistic
+from clipattr.metrics.groups import GroupCounts, count_groups
+from clipattr.metrics.intervals import Interval, bootstrap_mean
 from clipattr.metrics.ranks import auroc
-from clipattr.shortcuts.amplification import (
-    amplification_ratio,
-    cue_effects,
-    pair_effects,
-    standardise,
-)
-from clipattr.shortcuts.groups import GroupCounts, count_groups
+from clipattr.shortcuts.amplification import pair_effects
+from clipattr.shortcuts.contrast import contrast_logits
 from clipattr.world.factors import Sticker
 from clipattr.world.prompts import TASK_CLASSES, TASK_PROMPTS
 
 HEADS = ("text", "probe")
 Columns = dict[str, Float[Tensor, " _"]]
-"""What HeadsCallback measured: `<head>.score`, `<head>.total`, `<head>.<cue>` per image."""
+"""Of each image, from `read_columns`: `<head>.score`, `.total`, `.<cue>` and `.without_<cue>`."""
 CUE_AUROC = 0.8
 
 
@@ -75,19 +71,27 @@ class PairScores(NamedTuple):
     """(head, variant) -> score over the standard deviation of the head's score"""
 
 
-def build_heads(data: WorldData, cues: dict[Sticker, Tensor]) -> HeadsCallback:
-    """Both heads as one score, 'cracked minus intact': a row of weights and a bias each."""
+def build_heads(data: WorldData, cues: dict[Sticker, Tensor]) -> ShortcutCallback:
+    """Both heads, whose one score is 'cracked minus intact'."""
     text = embed_prompts(data.frozen.clip, list(TASK_PROMPTS))
-    probe = data.probe
-    weights = torch.stack([text[1] - text[0], probe.weight[1] - probe.weight[0]])
-    bias = torch.stack([text.new_zeros(()), probe.bias[1] - probe.bias[0]])
-    return HeadsCallback(
-        data.spliced,
-        weights,
-        bias,
-        names=HEADS,
-        cue_latents={cue.name: latents for cue, latents in cues.items()},
-    )
+    heads = {
+        "text": LinearHead(text, text.new_zeros(len(text))),
+        "probe": LinearHead(data.probe.weight, data.probe.bias),
+    }
+    named = {cue.name: latents for cue, latents in cues.items()}
+    return ShortcutCallback(data.spliced, heads, cues=named)
+
+
+def read_columns(result: ShortcutResult) -> Columns:
+    """What was found of each image, by name."""
+    columns: Columns = {}
+    for head, logits in result.logits.items():
+        columns[f"{head}.score"] = contrast_logits(logits)[:, 0]
+        columns[f"{head}.total"] = result.total_attribution[head][:, 0]
+    for (head, cue), logits in result.without.items():
+        columns[f"{head}.{cue}"] = result.cue_attribution[head, cue][:, 0]
+        columns[f"{head}.without_{cue}"] = contrast_logits(logits)[:, 0]
+    return columns
 
 
 def carries(sticker: Sticker) -> Callable[[dict[str, object]], bool]:
@@ -133,47 +137,33 @@ def measure_cue(
 ) -> CueEntry:
     """Effect of pasting the cue, on both heads and on the same scenes, and their ratio."""
     with_cue, without = pairs.rows[cue.name], pairs.rows["none"]
-    raw = {
+    pasted = {
         head: pair_effects(on_pairs[f"{head}.score"][with_cue], on_pairs[f"{head}.score"][without])
         for head in HEADS
     }
-    effects = cue_effects(
-        text_effects=raw["text"],
-        probe_effects=raw["probe"],
-        text_scores=on_task["text.score"],
-        probe_scores=on_task["probe.score"],
-    )
+    removed = {
+        head: pair_effects(on_task[f"{head}.score"], on_task[f"{head}.without_{cue.name}"])
+        for head in HEADS
+    }
+    spreads = {head: on_task[f"{head}.score"].std(dim=0, correction=0)[None] for head in HEADS}
 
-    def mean(values: Tensor) -> Interval:
-        generator = torch.Generator(values.device).manual_seed(seed)
-        return bootstrap_mean(values, resamples=resamples, generator=generator)
+    def measure(effects: dict[str, Tensor], name: str) -> CueEffect:
+        text, probe = (effects[head][:, None] for head in HEADS)
+        options = {"resamples": resamples, "seed": seed}
+        return measure_effects(
+            text, probe, spreads=spreads, names=("cracked",), measure=name, **options
+        )[0]
 
-    effect_text = mean(effects.text)
+    effect, removal = measure(pasted, f"{cue.name} pasted"), measure(removed, f"{cue.name} removed")
     return CueEntry(
         cue=cue,
         latents=latents,
-        effect_text=effect_text,
-        effect_probe=mean(effects.probe),
-        amplification=_amplification(effects.text, effects.probe, effect_text, resamples, seed),
-        removal={head: mean(_removal(on_task, head, cue)) for head in HEADS},
+        effect_text=effect.text,
+        effect_probe=effect.probe,
+        amplification=effect.amplification,
+        removal={"text": removal.text, "probe": removal.probe},
         share={head: _share(on_task, head, cue) for head in HEADS},
     )
-
-
-def _amplification(
-    text: Tensor, probe: Tensor, effect_text: Interval, resamples: int, seed: int
-) -> Interval:
-    if effect_text.low <= 0 <= effect_text.high:
-        return Interval(math.nan, math.nan, math.nan)
-    generator = torch.Generator(text.device).manual_seed(seed)
-    return bootstrap_statistic(
-        [probe, text], amplification_ratio, resamples=resamples, generator=generator
-    )
-
-
-def _removal(on_task: Columns, head: str, cue: Sticker) -> Tensor:
-    score = on_task[f"{head}.score"]
-    return standardise(pair_effects(score, on_task[f"{head}.without_{cue.name}"]), score)
 
 
 def _share(on_task: Columns, head: str, cue: Sticker) -> float:

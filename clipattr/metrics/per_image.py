@@ -20,7 +20,7 @@ class PerImageResult(NamedTuple):
 
 
 class PerImage(Metric):
-    """A float64 table with one row per image, gathered over processes.
+    """A table with one row per image, float64 unless said otherwise, gathered over processes.
 
     Rows are kept flattened: torchmetrics cannot gather a two-dimensional state when one process has
     none.
@@ -30,9 +30,10 @@ class PerImage(Metric):
     ids: list[Tensor]
     values: list[Tensor]
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], dtype: torch.dtype = torch.float64) -> None:
         """An empty table with the given columns."""
         super().__init__()
+        self.kept_as = dtype
         if not names or len(set(names)) != len(names):
             raise ValueError(f"column names {list(names)} must be given and differ")
         self.names = tuple(names)
@@ -46,7 +47,7 @@ class PerImage(Metric):
                 f"{columns.shape[1]} columns given, expected {len(self.names)}: {list(self.names)}"
             )
         self.ids.append(ids.detach().long())
-        self.values.append(columns.detach().double().flatten())
+        self.values.append(columns.detach().to(self.kept_as).flatten())
 
     def sync(self, *args: Any, **kwargs: Any) -> None:
         """As in torchmetrics, but a process without rows takes part with the right dtypes.
@@ -55,7 +56,7 @@ class PerImage(Metric):
         """
         if isinstance(self.ids, list) and not self.ids:
             self.ids.append(torch.empty(0, dtype=torch.int64, device=self.device))
-            self.values.append(torch.empty(0, dtype=torch.float64, device=self.device))
+            self.values.append(torch.empty(0, dtype=self.kept_as, device=self.device))
         super().sync(*args, **kwargs)
 
     def compute(self) -> PerImageResult:
@@ -63,7 +64,7 @@ class PerImage(Metric):
         if not len(self.ids):
             return PerImageResult(
                 torch.empty(0, dtype=torch.int64, device=self.device),
-                torch.empty(0, len(self.names), dtype=torch.float64, device=self.device),
+                torch.empty(0, len(self.names), dtype=self.kept_as, device=self.device),
             )
         ids, order = dim_zero_cat(self.ids).sort()
         is_repeated = ids[1:] == ids[:-1]

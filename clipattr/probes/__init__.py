@@ -7,12 +7,16 @@ from clipattr.probes.heads import AttentionProbe, MlpProbe, absorb
 from clipattr.probes.linear import LinearProbe
 from clipattr.probes.logistic import Solution, solve_path
 from clipattr.probes.losses import head_losses
+from clipattr.probes.robust import METHODS, Fitted, GroupRows, Trial, fit_groups
 from clipattr.probes.sparse import SparseProbe, SparseSolution, solve_sparse_path
 from clipattr.probes.text import interpolate, interpolation_scores, text_probe
 
 __all__ = [
+    "METHODS",
     "AttentionProbe",
+    "Fitted",
     "GridScores",
+    "GroupRows",
     "Head",
     "LinearProbe",
     "LogisticProbe",
@@ -22,8 +26,10 @@ __all__ = [
     "Solution",
     "SparseProbe",
     "SparseSolution",
+    "Trial",
     "Validation",
     "absorb",
+    "fit_groups",
     "head_losses",
     "interpolate",
     "interpolation_scores",

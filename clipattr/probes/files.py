@@ -1,7 +1,8 @@
 """A probe on disk: probe.safetensors and probe.json, which says on what it was trained.
 
-Schema 2 names the kind of head and the settings it is built with; schema 1, which had linear
-probes alone, can be read.
+Schema 3 says whether classes exclude each other, which those of schema 2 always do, and what is
+done to a picture; 2 names the kind of head and the settings it is built with; 1 had linear probes
+alone. All can be read.
 """
 
 from collections.abc import Mapping
@@ -11,18 +12,16 @@ from typing import Any
 
 from clipattr.errors import CheckpointError, ConfigError
 from clipattr.files import check_field, check_model, check_tensors, load_weights, save_weights
+from clipattr.probes.features import EMBEDDING
 from clipattr.probes.heads import AttentionProbe, MlpProbe
 from clipattr.probes.linear import LinearProbe
 from clipattr.probes.sparse import SparseProbe
-
-EMBEDDING = "embedding, L2-normalised"
-"""The feature of a probe unless its record says another."""
 
 Head = LinearProbe | MlpProbe | AttentionProbe | SparseProbe
 """What can be saved."""
 
 _STEM = "probe"
-_SCHEMA = 2
+_SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,11 @@ class ProbeRecord:
     data_fingerprint: str
     metrics: dict[str, float] = field(default_factory=dict)
     feature: str = EMBEDDING
+    """what the head takes; `probes.features.parse_features` reads it"""
+    is_multilabel: bool = False
+    """whether each class is true or not by itself: its probability is a sigmoid"""
+    preprocess: str = ""
+    """what is done to a picture before the model, in words: the model's own transforms"""
 
     def __post_init__(self) -> None:
         """Refuse a record that does not say on what the probe was made."""
@@ -46,8 +50,10 @@ class ProbeRecord:
 
 
 _RECORD_FIELDS = tuple(each.name for each in fields(ProbeRecord))
+_OLD_FIELDS = frozenset(_RECORD_FIELDS) - {"is_multilabel", "preprocess"}
 _SCHEMAS = {
-    1: frozenset({"architecture", "d_in", *_RECORD_FIELDS}),
+    1: _OLD_FIELDS | {"architecture", "d_in"},
+    2: _OLD_FIELDS | {"kind", "settings"},
     _SCHEMA: frozenset({"kind", "settings", *_RECORD_FIELDS}),
 }
 
@@ -65,7 +71,7 @@ def save_probe(probe: Head, folder: Path | str, record: ProbeRecord) -> None:
 def load_probe(
     folder: Path | str, expected_model: Mapping[str, str] | None = None
 ) -> tuple[LinearProbe, ProbeRecord]:
-    """Read a linear probe of the embedding onto the CPU.
+    """Read a linear probe of the embedding, with one label, onto the CPU.
 
     Anything missing, unexpected, of another model, kind or feature is refused.
     """
@@ -73,6 +79,7 @@ def load_probe(
     probe, record = load_head(folder, expected_model)
     check_field(path, "kind", _describe(probe)[0], "linear")
     check_field(path, "feature", record.feature, EMBEDDING)
+    check_field(path, "is_multilabel", record.is_multilabel, expected=False)
     assert isinstance(probe, LinearProbe), "its kind says so"
     return probe, record
 
@@ -92,6 +99,9 @@ def load_head(
         check_model(path, found["model"], expected_model)
     if not isinstance(found["class_names"], list):
         raise CheckpointError(f"{path}: class_names must be a list")
+    found = {"is_multilabel": False, "preprocess": "", **found}
+    if not isinstance(found["is_multilabel"], bool):
+        raise CheckpointError(f"{path}: is_multilabel must be true or false")
     record = ProbeRecord(**{name: found[name] for name in _RECORD_FIELDS})
     probe = _build(path, found["kind"], found["settings"], len(record.class_names))
     check_tensors(path.with_suffix(".safetensors"), tensors, probe.state_dict())

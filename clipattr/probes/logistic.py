@@ -76,7 +76,7 @@ def solve_path(
     """
     n_columns = check_targets(len(features), targets, Cs, n_classes)
     s = check_weights(weights, features)
-    rows, spectrum = _prepare(features, targets, s, n_columns, standardise)
+    rows, spectrum = prepare_rows(features, targets, s, n_columns, standardise)
     n_tasks = targets.shape[1] if targets.ndim == 2 else 1
     total = float(s.sum(dtype=torch.float64))
     ascending = sorted(set(Cs))
@@ -86,7 +86,7 @@ def solve_path(
     solver = _Solver(rows, spectrum, problems, tol, max_iter)
     minima = solver.together() if together else solver.in_turn(n_tasks)
     solved = {
-        C: [_raw(minima[i * n_tasks + task], C, total, rows) for task in range(n_tasks)]
+        C: [in_raw_units(minima[i * n_tasks + task], C, total, rows) for task in range(n_tasks)]
         for i, C in enumerate(ascending)
     }
     return [solved[C] for C in Cs]
@@ -147,7 +147,7 @@ class _Solver(NamedTuple):
         return solve(searches, evaluate_all)
 
 
-def _prepare(
+def prepare_rows(
     features: Tensor, targets: Tensor, weights: Tensor, n_columns: int, standardise: bool
 ) -> tuple[Rows, Spectrum]:
     """Centred rows and the spectrum of their covariance."""
@@ -162,7 +162,7 @@ def _prepare(
     return rows, Spectrum(values, vectors)
 
 
-def _raw(minimum: Minimum, C: float, total: float, rows: Rows) -> Solution:
+def in_raw_units(minimum: Minimum, C: float, total: float, rows: Rows) -> Solution:
     """Shift and factor folded into weight and bias."""
     weight = minimum.point[:, :-1] * rows.factor.double()
     bias = minimum.point[:, -1] - weight @ rows.shift.double()

@@ -4,28 +4,22 @@ Means, ratios and intervals are left to the caller: everything here keeps its im
 that a bootstrap can resample it.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Float64, Int
 from torch import Tensor
 
 from clipattr.codes import SparseCodes
 from clipattr.errors import DataError
 
 
-class CueEffects(NamedTuple):
-    """Effects of one cue on both heads, each in standard deviations of that head's score."""
-
-    text: Float[Tensor, " pairs"]
-    probe: Float[Tensor, " pairs"]
-
-
 class AttributionShare(NamedTuple):
-    """reliance_h(s, c) = mean(cue) / mean(total): numerator and denominator of each image."""
+    """reliance_h(s, c) = mean(cue) / mean(total): numerators and denominator of each image."""
 
-    cue: Float[Tensor, " batch"]
-    total: Float[Tensor, " batch"]
+    cue: Float64[Tensor, "cue image *score"]
+    total: Float64[Tensor, "image *score"]
 
 
 def pair_effects(
@@ -54,19 +48,6 @@ def standardise(
     return effects.double() / deviation
 
 
-def cue_effects(
-    *,
-    text_effects: Float[Tensor, " pairs"],
-    probe_effects: Float[Tensor, " pairs"],
-    text_scores: Float[Tensor, " images"],
-    probe_scores: Float[Tensor, " images"],
-) -> CueEffects:
-    """Both heads' effects on the same pairs, standardised by their scores on the same set."""
-    return CueEffects(
-        standardise(text_effects, text_scores), standardise(probe_effects, probe_scores)
-    )
-
-
 def amplification_ratio(
     mean_probe: Float[Tensor, "*resamples"], mean_text: Float[Tensor, "*resamples"]
 ) -> Float[Tensor, "*resamples"]:
@@ -79,16 +60,21 @@ def amplification_ratio(
 
 
 def attribution_share(
-    attributions: Float[Tensor, "batch *tokens active"],
-    codes: SparseCodes,
-    cue_latents: Int[Tensor, " cue"],
+    attributions: Float[Tensor, "image slot *score"],
+    latents: Int[Tensor, "image slot"],
+    cues: Sequence[Int[Tensor, " _"]],
 ) -> AttributionShare:
-    """Sum over j in s of R_j, and sum over all j of |R_j|, for each image (float64)."""
-    attributions = attributions.double() * codes.is_active
-    return AttributionShare(
-        (attributions * _is_chosen(codes, cue_latents)).flatten(1).sum(1),
-        attributions.abs().flatten(1).sum(1),
-    )
+    """Sum over j in s of R_j for each cue s, and sum over all j of |R_j|, for each image.
+
+    `latents` names those of each image, each once; attributions of padding are 0.
+    """
+    attributions = attributions.double()
+    total = attributions.abs().sum(dim=1)
+    of_cues = total.new_zeros(len(cues), *total.shape)
+    for number, cue in enumerate(cues):
+        is_chosen = torch.isin(latents, cue).double()
+        of_cues[number] = torch.einsum("is...,is->i...", attributions, is_chosen)
+    return AttributionShare(of_cues, total)
 
 
 def remove_latents(
@@ -98,11 +84,12 @@ def remove_latents(
     latents: Int[Tensor, " cue"],
 ) -> Float[Tensor, "*rows model"]:
     """The edit x - sum over j in s of a_j v_j: error term and all other latents stay."""
-    removed = codes._replace(values=codes.values * _is_chosen(codes, latents))
+    removed = codes._replace(values=codes.values * is_among(codes, latents))
     return x - removed.decode(W_dec)
 
 
-def _is_chosen(codes: SparseCodes, latents: Int[Tensor, " cue"]) -> Tensor:
+def is_among(codes: SparseCodes, latents: Int[Tensor, " cue"]) -> Bool[Tensor, "*rows active"]:
+    """Which slots name one of the latents, whether it fires or not."""
     is_chosen = torch.zeros(codes.n_latents, dtype=torch.bool, device=codes.indices.device)
     is_chosen[latents] = True
     return is_chosen[codes.indices]

@@ -16,6 +16,8 @@ FEW = 10
 WORDS = {"true": 1.0, "false": 0.0}
 TRUTHS = {"yes": True, "no": False, 1.0: True, 0.0: False}
 Value = float | str | None
+Values = tuple[Value, ...]
+"""What a list holds; a field without a list is a value."""
 
 
 class CueRule(NamedTuple):
@@ -53,7 +55,8 @@ def read_cue(
 ) -> Cue:
     """Which images have the cue.
 
-    true is 1 and false is 0, as text, too; numbers are compared as numbers, all else as text.
+    true is 1 and false is 0, as text, too; numbers are compared as numbers, all else as text. A
+    list has every value that stands in it.
 
     Args:
         rows: what the JSON of each sample holds.
@@ -64,13 +67,13 @@ def read_cue(
         DataError: where a sample lacks the field, or says neither yes nor no where it must, and
             when none has the value, which is a typo more often than a finding.
     """
-    values = [_normalise(_field_of(rows, row, rule, keys)) for row in range(len(rows))]
+    values = [_read(_field_of(rows, row, rule, keys)) for row in range(len(rows))]
     known = torch.tensor([value is not None for value in values], dtype=torch.bool)
     if rule.value is None:
         has = [_is_true(values, row, rule, keys) for row in range(len(values))]
     else:
         wanted = _normalise(rule.value)
-        has = [value == wanted for value in values]
+        has = [wanted in value if isinstance(value, tuple) else value == wanted for value in values]
         if not any(has):
             raise DataError(f"{rule}: none of {len(rows)} images has it; {_describe(values)}")
     return Cue(torch.tensor(has, dtype=torch.bool), known)
@@ -85,6 +88,12 @@ def _field_of(
             f"{', '.join(rows[row]) or 'none'}"
         )
     return rows[row][rule.field]
+
+
+def _read(value: object) -> Value | Values:
+    if isinstance(value, list):
+        return tuple(_normalise(one) for one in value)
+    return _normalise(value)
 
 
 def _normalise(value: object) -> Value:
@@ -102,14 +111,18 @@ def _normalise(value: object) -> Value:
     return number if math.isfinite(number) else text
 
 
-def _is_true(values: Sequence[Value], row: int, rule: CueRule, keys: Sequence[str] | None) -> bool:
+def _is_true(
+    values: Sequence[Value | Values], row: int, rule: CueRule, keys: Sequence[str] | None
+) -> bool:
     value = values[row]
     if value is None:
         return False
-    found = TRUTHS.get(value.lower() if isinstance(value, str) else value)
+    single = None if isinstance(value, tuple) else value
+    found = TRUTHS.get(single.lower() if isinstance(single, str) else single)
     if found is None:
+        said = list(value) if isinstance(value, tuple) else value
         raise DataError(
-            f"{rule}: {_name(row, keys)} says {value!r}, which is neither yes nor no: name the "
+            f"{rule}: {_name(row, keys)} says {said!r}, which is neither yes nor no: name the "
             f"value that is the cue, as in {PREFIX}{rule.field}=VALUE; {_describe(values)}"
         )
     return found
@@ -119,8 +132,9 @@ def _name(row: int, keys: Sequence[str] | None) -> str:
     return f"image {row}" if keys is None else keys[row]
 
 
-def _describe(values: Sequence[Value]) -> str:
-    counts = Counter("(empty)" if value is None else _show(value) for value in values)
+def _describe(values: Sequence[Value | Values]) -> str:
+    each = [one for value in values for one in (value if isinstance(value, tuple) else (value,))]
+    counts = Counter("(empty)" if one is None else _show(one) for one in each)
     shown = ", ".join(f"{value} ({count})" for value, count in counts.most_common(8))
     return f"its values are {shown}" + (", ..." if len(counts) > 8 else "")
 

@@ -1,0 +1,175 @@
+"""What the numbers about a cue say, in one sentence each, decided by the numbers alone.
+
+A difference is called one only where its interval leaves 0 out; every sentence has a form for each
+way the numbers can fall.
+"""
+
+import math
+from collections.abc import Sequence
+
+from clipattr.metrics.intervals import Interval
+from clipattr.report.claims import UNDEFINED, described, direction
+from clipattr.report.formatting import bounds, digits_of, is_defined, number, percent
+from clipattr.report.shortcuts.content import CueResult, EffectRow, ShortcutsContent
+
+
+def headline_effect(cue: CueResult) -> EffectRow | None:
+    """Of the first measure that is no placebo the score with the largest excess."""
+    effects = [row for row in cue.effects if not row.is_placebo]
+    if not effects:
+        return None
+    rows = [row for row in effects if row.measure == effects[0].measure]
+    return max(rows, key=lambda row: row.excess.mean if is_defined(row.excess) else -math.inf)
+
+
+def quoted(text: str) -> str:
+    """Between quotation marks, so that a name is not read as part of the sentence."""
+    return f"\N{LEFT DOUBLE QUOTATION MARK}{text}\N{RIGHT DOUBLE QUOTATION MARK}"
+
+
+def times(ratio: Interval) -> str:
+    """A ratio with its interval: '14.4 times [12.3, 18.1]'."""
+    digits = ratio_digits(ratio)
+    return f"{number(ratio.mean, digits)} times {bounds(ratio, digits)}"
+
+
+def ratio_digits(ratio: Interval) -> int:
+    """Fewer for a large ratio, and enough to see on which side of 1 an interval lies."""
+    return digits_of(ratio, 1 if abs(ratio.mean) >= 10 else 2, 1.0)
+
+
+def amplification_claim(cue: CueResult) -> str:
+    """Does the probe lean on the cue more than the prompt does, and how much more?"""
+    row, name = headline_effect(cue), quoted(cue.name)
+    if row is None:
+        return f"No effect of {name} was measured."
+    if not all(is_defined(each) for each in (row.text, row.probe, row.excess)):
+        return f"Whether the probe leans on {name} more than the prompt does is {UNDEFINED}."
+    if not is_defined(row.amplification):
+        return _without_ratio(row, name)
+    if row.amplification.mean < 0:
+        return _against(row, name)
+    ratio = times(row.amplification)
+    return {
+        1: f"The probe leans on {name} {ratio} as much as the prompt does.",
+        0: f"That the probe leans on {name} more than the prompt does is not shown: it does "
+        f"{ratio} as much.",
+        -1: f"The probe leans on {name} less than the prompt does: {ratio} as much.",
+    }[direction(row.excess)]
+
+
+def _against(row: EffectRow, name: str) -> str:
+    """The heads react in opposite directions."""
+    mean, low, high = row.amplification
+    size = times(Interval(-mean, -high, -low))
+    strength = {
+        1: f"and more strongly: {size} as much",
+        0: f"and it is not shown that it does so more strongly: {size} as much",
+        -1: f"and less strongly: {size} as much",
+    }[direction(row.excess)]
+    return f"The probe reacts to {name} in the direction opposite to the prompt's, {strength}."
+
+
+def _without_ratio(row: EffectRow, name: str) -> str:
+    """The effect on the text head cannot be told from 0, so that nothing is divided by it."""
+    why = "a ratio is not defined"
+    if direction(row.text) == 0:
+        why += ", because the prompt does not react beyond chance"
+    found = direction(row.excess)
+    if found > 0:
+        return f"The probe leans on {name} more than the prompt does ({_both(row)}); {why}."
+    if found < 0:
+        return f"The probe leans on {name} less than the prompt does ({_both(row)}); {why}."
+    if direction(row.probe) != 0:
+        return (
+            f"The probe reacts to {name}, but that it does so more than the prompt is not shown "
+            f"({_both(row)}); {why}."
+        )
+    if direction(row.text) != 0:
+        return f"The probe does not react to {name} beyond chance ({_both(row)}); {why}."
+    return f"Neither the probe nor the prompt reacts to {name} beyond chance ({_both(row)})."
+
+
+def _both(row: EffectRow) -> str:
+    return f"probe {described(row.probe)}, prompt {described(row.text)} standard deviations"
+
+
+def choice_note(cue: CueResult) -> str:
+    """Which score a headline is about, where there was a choice; else nothing."""
+    row = headline_effect(cue)
+    if row is None:
+        return ""
+    n_scores = len({each.score for each in cue.effects if each.measure == row.measure})
+    if n_scores == 1:
+        return f"Measured by: {row.measure}; score: {row.score}."
+    return (
+        f"Measured by: {row.measure}; score: {row.score}, the one with the largest excess of "
+        f"{n_scores}, so the number flatters the excess a little."
+    )
+
+
+def placebo_claims(cue: CueResult) -> list[str]:
+    """What the controls do to the probe on the score of the headline."""
+    row = headline_effect(cue)
+    if row is None:
+        return []
+    placebos = [each for each in cue.effects if each.is_placebo and each.score == row.score]
+    if not placebos:
+        return ["No placebo was measured: what any change of this size would do is not known."]
+    effects = [each for each in cue.effects if not each.is_placebo and each.score == row.score]
+    return [_placebo_claim(each, effects) for each in placebos]
+
+
+def _placebo_claim(placebo: EffectRow, effects: Sequence[EffectRow]) -> str:
+    """Beside the effect of the measure that it is the placebo of, where it names one."""
+    name = f"Control ({placebo.measure})"
+    if not is_defined(placebo.probe):
+        return f"{name}: its effect on the probe is {UNDEFINED}."
+    found = described(placebo.probe)
+    if direction(placebo.probe) == 0:
+        return f"{name}: it does not move the probe beyond chance ({found})."
+    probe = next((each.probe for each in effects if each.measure in placebo.measure), None)
+    if probe is None or not is_defined(probe) or probe.mean == 0:
+        return f"{name}: it moves the probe ({found})."
+    share = abs(placebo.probe.mean / probe.mean)
+    if share >= 1:
+        return (
+            f"{name}: it moves the probe at least as much as the cue does ({found}), so the effect "
+            "is not the cue's own."
+        )
+    size = "less than 1\N{NO-BREAK SPACE}%" if share < 0.01 else percent(share, 0)
+    return f"{name}: it moves the probe too ({found}), by {size} of what the cue does."
+
+
+def amplified_claim(content: ShortcutsContent) -> str:
+    """What was found without naming a cue."""
+    if content.amplified is None:
+        return (
+            "Latents were not ranked in this run: that was not asked for, or there is no sparse "
+            "autoencoder."
+        )
+    rate = f"at a false discovery rate of {percent(content.level, 0)}"
+    if content.n_significant == 0:
+        return (
+            "With no cue named, no latent is used more by the probe than by the prompt beyond "
+            f"chance ({rate})."
+        )
+    found = "pair of a latent and a score is" if content.n_significant == 1 else ""
+    found = found or "pairs of a latent and a score are"
+    said = (
+        f"With no cue named, {content.n_significant:,} {found} used more by the probe than by the "
+        f"prompt ({rate})."
+    )
+    first = next((row for row in content.amplified if row.is_significant), None)
+    if first is None:
+        return said
+    of = f", of {_listed(first.cues)}" if first.cues else ", of no cue that was named"
+    confirmed = "confirms it" if direction(first.excess) > 0 else "does not confirm it"
+    return (
+        f"{said} The strongest is latent {first.latent}{of}; taking it out {confirmed} (excess "
+        f"{described(first.excess)})."
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(quoted(name) for name in names)

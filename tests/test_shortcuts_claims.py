@@ -1,0 +1,211 @@
+"""Sentences of the page of shortcuts: each follows from the numbers, whichever way they fall."""
+
+import dataclasses
+
+import pytest
+
+from clipattr.metrics.intervals import Interval
+from clipattr.report.shortcuts import claims, readings
+from tests.shortcuts_content import (
+    NAN,
+    SCORE,
+    UNDEFINED,
+    effect,
+    full_content,
+    latent,
+    quality,
+    tag,
+)
+
+MINUS = "\N{MINUS SIGN}"
+ABOVE, AROUND, BELOW = Interval(0.5, 0.2, 0.8), Interval(0.1, -0.2, 0.3), Interval(-0.5, -0.8, -0.2)
+RATIO, AGAINST = Interval(3.0, 2.0, 4.5), Interval(-3.0, -4.5, -2.0)
+
+
+def claim(*, text=ABOVE, probe=ABOVE, ratio=RATIO, excess=ABOVE):
+    row = dataclasses.replace(
+        effect("pairs", 0.1, 0.2), text=text, probe=probe, amplification=ratio, excess=excess
+    )
+    return claims.amplification_claim(dataclasses.replace(tag(), effects=[row]))
+
+
+@pytest.mark.parametrize(
+    ("excess", "words"),
+    [
+        (ABOVE, "tag\N{RIGHT DOUBLE QUOTATION MARK} 3.00 times [2.00, 4.50] as much as the prompt"),
+        (AROUND, "is not shown: it does 3.00 times [2.00, 4.50] as much."),
+        (BELOW, "less than the prompt does: 3.00 times [2.00, 4.50] as much."),
+    ],
+)
+def test_a_ratio_is_said_with_what_the_excess_shows(excess, words):
+    assert words in claim(excess=excess)
+
+
+@pytest.mark.parametrize(
+    ("excess", "words"),
+    [
+        (ABOVE, "and more strongly: 3.00 times [2.00, 4.50] as much."),
+        (AROUND, "it is not shown that it does so more strongly: 3.00 times"),
+        (BELOW, "and less strongly: 3.00 times"),
+    ],
+)
+def test_a_negative_ratio_is_opposition(excess, words):
+    said = claim(ratio=AGAINST, probe=BELOW, excess=excess)
+    assert "in the direction opposite to the prompt's" in said
+    assert words in said
+    assert MINUS not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "probe", "excess", "words"),
+    [
+        (
+            AROUND,
+            ABOVE,
+            ABOVE,
+            "leans on {} more than the prompt does (probe +0.500 [0.200,",
+        ),
+        (AROUND, AROUND, BELOW, "leans on {} less than the prompt does"),
+        (AROUND, BELOW, AROUND, "reacts to {}, but that it does so more than the prompt is not"),
+        (ABOVE, AROUND, AROUND, "does not react to {} beyond chance"),
+        (AROUND, AROUND, AROUND, "Neither the probe nor the prompt reacts to {} beyond chance"),
+    ],
+)
+def test_without_a_ratio_the_excess_speaks(text, probe, excess, words):
+    said = claim(text=text, probe=probe, ratio=UNDEFINED, excess=excess)
+    assert words.format(claims.quoted("tag")) in said
+    assert " times" not in said
+    blames_the_prompt = "because the prompt does not react beyond chance" in said
+    assert blames_the_prompt == (text is AROUND and not said.startswith("Neither"))
+
+
+def test_what_is_not_defined_is_not_claimed():
+    for change in ("text", "probe", "excess"):
+        said = claim(**{change: UNDEFINED})
+        assert said.endswith("more than the prompt does is not defined in this run.")
+    half = Interval(3.0, NAN, NAN)
+    assert " times" not in claim(ratio=half)
+    assert claims.amplification_claim(dataclasses.replace(tag(), effects=[])).startswith(
+        "No effect"
+    )
+
+
+def test_large_and_close_ratios_have_the_digits_they_need():
+    assert "14.4 times [12.3, 18.1]" in claim(ratio=Interval(14.41, 12.31, 18.14))
+    assert "2.410 times [1.001, 3.123]" in claim(ratio=Interval(2.41, 1.001, 3.123))
+
+
+def test_headline_is_of_the_first_measure_and_the_largest_excess():
+    rows = [
+        effect("placebo", 0.1, 9.0, placebo=True),
+        dataclasses.replace(effect("pairs", 0.1, 0.9, score="three"), excess=UNDEFINED),
+        effect("pairs", 0.1, 0.4, score="one"),
+        effect("pairs", 0.1, -0.7, score="two"),
+        effect("removal", 0.1, 5.0, score="one"),
+    ]
+    cue = dataclasses.replace(tag(), effects=rows)
+    assert claims.headline_effect(cue) is rows[3]
+    assert claims.choice_note(cue).startswith("Measured by: pairs; score: two, the one with")
+    assert "of 3, so the number flatters" in claims.choice_note(cue)
+    assert claims.choice_note(tag()) == f"Measured by: pairs; score: {SCORE}."
+
+
+@pytest.mark.parametrize(
+    ("effect_of_placebo", "words"),
+    [
+        (UNDEFINED, "its effect on the probe is not defined in this run."),
+        (AROUND, "it does not move the probe beyond chance (+0.100"),
+        (Interval(-0.5, -0.6, -0.4), "it moves the probe too ("),
+        (Interval(0.01, 0.005, 0.02), "by less than 1\N{NO-BREAK SPACE}% of what the cue does."),
+        (Interval(3.0, 2.0, 4.0), "so the effect is not the cue's own."),
+    ],
+)
+def test_placebos_are_judged_beside_the_cue(effect_of_placebo, words):
+    cue = tag()
+    placebo = dataclasses.replace(cue.effects[1], probe=effect_of_placebo)
+    other = dataclasses.replace(placebo, score="another score")
+    cue = dataclasses.replace(cue, effects=[cue.effects[0], placebo, other])
+    (said,) = claims.placebo_claims(cue)
+    assert said.startswith("Control (placebo of the pairs): ")
+    assert words in said
+    if effect_of_placebo.mean == -0.5:
+        assert "by 30\N{NO-BREAK SPACE}% of what the cue does." in said
+    unknown = dataclasses.replace(cue.effects[0], probe=UNDEFINED)
+    unnamed = dataclasses.replace(placebo, measure="noise")
+    for effects in ([unknown, placebo], [cue.effects[0], unnamed]):
+        (said,) = claims.placebo_claims(dataclasses.replace(cue, effects=effects))
+        assert "the cue" not in said
+
+
+def test_a_placebo_stands_beside_its_own_measure():
+    removal = effect("removal", 0.1, 0.4)
+    placebo = effect("placebo of the removal", 0.0, 0.2, placebo=True)
+    cue = dataclasses.replace(tag(), effects=[tag().effects[0], removal, placebo])
+    (said,) = claims.placebo_claims(cue)
+    assert "by 50\N{NO-BREAK SPACE}% of what the cue does." in said
+
+
+def test_a_missing_placebo_is_said():
+    cue = dataclasses.replace(tag(), effects=tag().effects[:1])
+    (said,) = claims.placebo_claims(cue)
+    assert said.startswith("No placebo was measured")
+    assert claims.placebo_claims(dataclasses.replace(cue, effects=[])) == []
+
+
+def test_latents_found_without_a_cue():
+    content = full_content()
+    said = claims.amplified_claim(content)
+    assert said.startswith("With no cue named, 17 pairs of a latent and a score are used more")
+    assert "false discovery rate of 5\N{NO-BREAK SPACE}%" in said
+    assert (
+        f"latent 275, of {claims.quoted('tag')}; taking it out confirms it (excess +0.850" in said
+    )
+    weak = dataclasses.replace(latent(1, 9, significant=True, cues=[]), excess=AROUND)
+    said = claims.amplified_claim(
+        dataclasses.replace(content, amplified=[latent(1, 8, significant=False, cues=[]), weak])
+    )
+    assert "latent 9, of no cue that was named; taking it out does not confirm it" in said
+    one = dataclasses.replace(content, amplified=[], n_significant=1)
+    assert "1 pair of a latent and a score is used more" in claims.amplified_claim(one)
+    assert "strongest" not in claims.amplified_claim(one)
+    none = dataclasses.replace(content, n_significant=0)
+    assert "no latent is used more" in claims.amplified_claim(none)
+    assert "275" not in claims.amplified_claim(none)
+    assert "not ranked" in claims.amplified_claim(dataclasses.replace(content, amplified=None))
+
+
+def test_harm_is_said_of_each_head():
+    text, probe = readings.harm_claims(tag())
+    assert text == (
+        f"The text head is worst on {claims.quoted('cracked')} without the cue: "
+        "77.4\N{NO-BREAK SPACE}%, with 81.2\N{NO-BREAK SPACE}% on average."
+    )
+    assert f"worst on {claims.quoted('intact')} with the cue: 41.2" in probe
+    assert probe.endswith("with 90.7\N{NO-BREAK SPACE}% on average.")
+    assert readings.harm_claims(dataclasses.replace(tag(), quality=[]))[1].endswith("41.2\u00a0%.")
+
+
+def test_best_repair_is_that_of_the_worst_group():
+    said = readings.repair_claim(tag())
+    assert said == (
+        f"{claims.quoted('dfr')} raises the worst group most: from 65.7\N{NO-BREAK SPACE}% to "
+        "69.3\N{NO-BREAK SPACE}%, average accuracy +3.6 points."
+    )
+    good = dataclasses.replace(tag().repairs[0], quality=quality("suppress", 0.96), restored=0.84)
+    cue = dataclasses.replace(tag(), repairs=[good, tag().repairs[1]])
+    assert "84\N{NO-BREAK SPACE}% of what was lost" in readings.repair_claim(cue)
+    assert readings.repair_claim(cue).startswith(claims.quoted("suppress"))
+    worse = dataclasses.replace(tag(), repairs=tag().repairs[:1])
+    assert readings.repair_claim(worse).startswith("No repair raises")
+    assert readings.points(0.5, 0.512) == f"{MINUS}1.2"
+
+
+def test_calibration_is_of_the_probe():
+    said = readings.calibration_claim(tag())
+    assert said == (
+        "AUROC of the probe: 0.928 over all images, 0.940 without the cue, 0.794 with it; "
+        "calibration error 3.2\N{NO-BREAK SPACE}% and 15.1\N{NO-BREAK SPACE}%."
+    )
+    no_ece = dataclasses.replace(quality("probe", 0.907), ece_with=NAN)
+    said = readings.calibration_claim(dataclasses.replace(tag(), quality=[no_ece]))
+    assert said.endswith("0.794 with it.")
