@@ -77,7 +77,7 @@ def fit_groups(
         case "dfr":
             groups = need_groups(rows, validation, method, least=2)
             candidates = fit_subsets(rows, groups, n_classes, Cs, seed=seed)
-        case "jtt":
+        case _:  # jtt, as checked above
             candidates = fit_twice(
                 rows, n_classes, Cs, upweights=upweights, standardise=standardise, start=start
             )
