@@ -108,7 +108,10 @@ def open_run(
             f"runs={config.runs} name={config.name}: cannot be made: {error}"
         ) from None
     for leftover in run.path.glob(".*.tmp-*"):
-        leftover.unlink()
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
     is_resumed = _is_same(run.path, config, inputs)
     if not is_resumed:
         _start_over(run, outputs)
@@ -163,8 +166,14 @@ def _is_same(path: Path, config: JobConfig, inputs: Any) -> bool:
     manifest = read_json(path / "manifest.json")
     if manifest is None or not stored.exists():
         return False
-    is_same_config = stored.read_text(encoding="utf-8") == _to_text(config)
+    kept = stored.read_text(encoding="utf-8")
+    is_same_config = _without_progress(kept) == _without_progress(_to_text(config))
     return is_same_config and manifest.get("inputs") == json.loads(json.dumps(inputs))
+
+
+def _without_progress(text: str) -> str:
+    """Bars decide nothing: a finished run without them is finished with them."""
+    return "".join(line for line in text.splitlines(True) if not line.startswith("  progress: "))
 
 
 def _to_text(config: JobConfig) -> str:

@@ -212,7 +212,9 @@ def test_nothing_is_read_from_the_environment(write, monkeypatch):
     name=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1),
     tag=st.none() | st.sampled_from(["no", "012", "1e3", "null", "~", "16", "a: b", "1:30", "'"]),
     rate=st.floats(1e-12, 1e12),
-    classes=st.lists(st.sampled_from(["yes", "1", "0x1f", "two words", "#"]), min_size=2),
+    classes=st.lists(
+        st.sampled_from(["yes", "-1", "0x1f", "two words", "#"]), min_size=2, unique=True
+    ),
 )
 def test_round_trip(write, name, tag, rate, classes):
     config = TrainProbe(job="train_probe", name="x" + name.replace("/", "").replace("$", ""))

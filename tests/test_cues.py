@@ -93,10 +93,11 @@ def test_warnings_of_empty_and_small_groups():
     groups = group_images(labels, read_cue(rows, parse_rule("json:f")), ["a", "b", "c"], "f")
     assert groups.counts.tolist() == [[15, 15], [11, 2], [0, 0]]
     assert groups.warnings() == [
-        "2 images are 'b' with f: an accuracy over them says little",
-        "no image is 'c' without f: what the cue does there is not measured",
-        "no image is 'c' with f: what the cue does there is not measured",
+        "3 of 6 groups have fewer than 10 images, fewest 'c' without f (no images): an accuracy "
+        "over them says little"
     ]
+    one = group_images(labels, read_cue(rows, parse_rule("json:f")), ["a", "b"], "f")
+    assert one.warnings() == ["the group 'b' with f has 2 images: an accuracy over it says little"]
     with pytest.raises(DataError, match="labels lie in"):
         group_images(labels, read_cue(rows, parse_rule("json:f")), ["a"], "f")
     with pytest.raises(DataError, match="43 cues"):

@@ -134,7 +134,7 @@ def test_a_picture_finds_the_latent_of_such_pictures(search: Search):
 
 def test_a_latent_finds_the_one_like_it(search: Search, monkeypatch: pytest.MonkeyPatch):
     """And no model is loaded for it."""
-    monkeypatch.setattr("clipattr.jobs.find.load_clip", None)
+    monkeypatch.setattr("clipattr.jobs.atlas_words.load_clip", None)
     found = search.find("latent", f"latent={SEEN}")["answers"][0]
     assert found["most"][0]["latent"] == LIKE
     check(found, search.means, search.means[SEEN], without=SEEN)

@@ -211,6 +211,8 @@ def test_pairs_do_not_depend_on_their_batch():
         assert not (changed & (layer.alpha == 0)).any()
     with pytest.raises(DataError, match="4 images and 3 keys"):
         paste_pairs(images, keys[:3], overlay)
+    with pytest.raises(DataError, match=r"lie in \[-1, 1\]: must be uint8 or between 0 and 1"):
+        paste_pairs(torch.linspace(-1, 1, 3 * 16 * 16).reshape(1, 3, 16, 16), ["a"], overlay)
 
 
 def disc(height: int = 64, width: int = 64, x: int = 20, y: int = 24, radius: int = 9):

@@ -267,7 +267,9 @@ def test_an_sae_that_nothing_needs_is_refused(place: Place):
 
 def test_logits_that_are_not_finite_are_refused(place: Place):
     probe = place.save("infinite", LinearProbe(16, 3))
-    probe.bias[1] = torch.inf
+    probe.weight[1] = 3e38
+    probe.bias[1] = 3e38
+    probe.weight *= place.unit(place.images[NAMES[0]]).sign()
     place.write("infinite", probe)
     with pytest.raises(DataError, match=r"6 of 6 pictures, 'a photo.jpg' and those behind it"):
         place.predict("infinite")
@@ -363,3 +365,18 @@ def test_the_sae_of_a_repaired_probe_may_have_moved(place: Place):
         (place.folder / "elsewhere").rename(place.folder / "cls")
     with pytest.raises(CheckpointError, match="its latents are those of the SAE"):
         place.predict("moved", sae=place.folder / "spatial")
+
+
+def test_a_picture_of_another_format_is_seen_where_all_was_finished(place: Place, tmp_path: Path):
+    save_picture(tmp_path / "a.png", 0)
+    assert place.run("grown", f"images={tmp_path}") == 0
+    noise(1).save(tmp_path / "new.gif")
+    assert place.run("grown", f"images={tmp_path}") == 2
+
+
+def test_the_folder_of_the_probe_is_not_replaced(place: Place, capsys: pytest.CaptureFixture):
+    for probe in ("runs/own", "runs/own/repaired/cue"):
+        place.write(probe, LinearProbe(16, 3))
+        assert place.run("own", f"probe={place.folder / probe}") == 2
+        assert "lies in the folder of this run, which would be replaced" in capsys.readouterr().err
+    assert not (place.folder / "runs" / "own" / "manifest.json").exists()

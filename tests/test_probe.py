@@ -138,7 +138,7 @@ def test_a_probe_of_several_labels_is_not_one_of_classes(probe: LinearProbe, tmp
         ),
         ({"schema_version": 0}, "schema_version is 0, expected 1 or 2 or 3"),
         ({"class_names": ["a", "b"]}, r"bias is torch.float32 \[3\], allowed .*\[2\]"),
-        ({"class_names": 3}, "class_names must be a list"),
+        ({"class_names": 3}, "class_names is 3, must be a list of texts"),
         ({"settings": {"d_in": 4}}, r"\[3, 4\]"),
         ({"settings": {"d_in": True}}, "whole numbers"),
         ({"settings": 5}, "settings are 5"),

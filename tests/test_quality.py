@@ -1,6 +1,7 @@
 """The quality of a classifier, against scikit-learn, torchmetrics and plain loops."""
 
 import math
+from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,17 +17,22 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from clipattr.errors import DataError
 from clipattr.metrics.calibration import calibration_bins
 from clipattr.metrics.groups import GroupCounts
-from clipattr.metrics.quality import Quality, QualityMetric, measure_quality
+from clipattr.metrics.quality import Quality, QualityMetric, log_odds, measure_quality
 from clipattr.metrics.ranks import auroc
 
 
 class Rows(NamedTuple):
     """Made-up predictions."""
 
-    probabilities: Float[Tensor, "image class"]
+    logits: Float[Tensor, "image class"]
     labels: Int[Tensor, " image"]
     has_cue: Bool[Tensor, " image"]
     known: Bool[Tensor, " image"]
+
+    @property
+    def probabilities(self) -> Float[Tensor, "image class"]:
+        """What other libraries are given."""
+        return self.logits.softmax(dim=1)
 
 
 def make_rows(n_classes: int, n_images: int = 400, seed: int = 0) -> Rows:
@@ -36,12 +42,12 @@ def make_rows(n_classes: int, n_images: int = 400, seed: int = 0) -> Rows:
     logits = torch.randn(n_images, n_classes, generator=generator, dtype=torch.float64)
     logits[torch.arange(n_images), labels] += 0.7
     has_cue, known = (torch.rand(n_images, generator=generator) < share for share in (0.3, 0.75))
-    return Rows(logits.softmax(dim=1), labels, has_cue, known)
+    return Rows(logits, labels, has_cue, known)
 
 
 def measure(rows: Rows, part: Tensor | slice = slice(None)) -> Quality:
     return measure_quality(
-        rows.probabilities[part],
+        rows.logits[part],
         rows.labels[part],
         has_cue=rows.has_cue[part],
         known=rows.known[part],
@@ -84,7 +90,7 @@ def test_averages_equal_scikit_learn(n_classes: int):
     )
     assert found.auroc == pytest.approx(sklearn_auroc(probabilities, labels), abs=1e-12)
     if n_classes == 2:
-        column = rows.probabilities[:, [1]]
+        column = (rows.logits[:, 1] - rows.logits[:, 0])[:, None]
         assert found.auroc == auroc(column, rows.labels == 1).item()
 
 
@@ -106,10 +112,10 @@ def test_with_and_without_the_cue_are_those_of_the_known_images_alone(n_classes:
 def test_groups_equal_a_plain_loop(n_classes: int):
     rows = make_rows(n_classes)
     right, total = np.zeros((n_classes, 2), int), np.zeros((n_classes, 2), int)
-    for probabilities, label, has_cue, known in zip(*rows, strict=True):
+    for logits, label, has_cue, known in zip(*rows, strict=True):
         if known:
             total[label, int(has_cue)] += 1
-            right[label, int(has_cue)] += int(probabilities.argmax() == label)
+            right[label, int(has_cue)] += int(logits.argmax() == label)
     found = measure(rows)
     assert found.counts is not None
     assert found.counts.correct.tolist() == right.tolist()
@@ -151,19 +157,19 @@ def test_the_order_of_the_images_changes_no_bit():
 @pytest.mark.parametrize("n_classes", [2, 3])
 def test_what_is_not_defined_is_nan(n_classes: int):
     rows = make_rows(n_classes)
-    without_cue = measure_quality(rows.probabilities, rows.labels)
+    without_cue = measure_quality(rows.logits, rows.labels)
     of_cue = without_cue[4:-1]
     assert len(of_cue) == 6
     assert all(math.isnan(number) for number in of_cue)
     assert without_cue.counts is None
     nowhere = torch.zeros(400, dtype=torch.bool)
-    unknown = measure_quality(rows.probabilities, rows.labels, has_cue=rows.has_cue, known=nowhere)
+    unknown = measure_quality(rows.logits, rows.labels, has_cue=rows.has_cue, known=nowhere)
     assert_same(unknown, without_cue)
-    one_label = measure_quality(rows.probabilities, rows.labels, has_cue=rows.labels == 0)
+    one_label = measure_quality(rows.logits, rows.labels, has_cue=rows.labels == 0)
     assert math.isnan(one_label.auroc_with)
     assert one_label.ece_with > 0
     assert one_label.worst_group > 0
-    no_cue = measure_quality(rows.probabilities, rows.labels, has_cue=nowhere)
+    no_cue = measure_quality(rows.logits, rows.labels, has_cue=nowhere)
     assert math.isnan(no_cue.ece_with)
     assert math.isnan(no_cue.auroc_with)
     assert no_cue.ece_without == no_cue.ece
@@ -172,24 +178,46 @@ def test_what_is_not_defined_is_nan(n_classes: int):
 
 def test_a_class_without_images_is_left_out_of_the_means():
     rows = make_rows(3)
-    wide = torch.cat([rows.probabilities, torch.zeros(400, 1, dtype=torch.float64)], dim=1)
+    wide = torch.cat([rows.logits, torch.full((400, 1), -1e3, dtype=torch.float64)], dim=1)
     assert measure_quality(wide, rows.labels)[:4] == measure_quality(*rows[:2])[:4]
 
 
-@pytest.mark.parametrize("broken", [math.nan, math.inf, -0.2, 1.5])
-def test_what_is_no_probability_is_refused(broken: float):
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_what_is_no_logit_is_refused(broken: float):
     rows = make_rows(3)
-    rows.probabilities[7, 1] = broken
-    with pytest.raises(DataError, match="1 of 400 images have a probability that is no number"):
-        measure_quality(rows.probabilities, rows.labels)
+    rows.logits[7, 1] = broken
+    with pytest.raises(DataError, match="1 of 400 images have a logit that is nan or infinite"):
+        measure_quality(rows.logits, rows.labels)
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+@pytest.mark.parametrize("one", [0, 1])
+def test_certainties_are_ranked_where_their_softmax_is_1(n_classes: int, one: int):
+    """The softmax of float64 is 1 from a gap of 37 on; the other class must not rank otherwise."""
+    logits = torch.zeros(4, n_classes, dtype=torch.float64)
+    logits[:, one] = torch.tensor([30.0, 38, 45, 60])
+    labels = torch.tensor([1 - one, 1 - one, one, one])
+    assert logits.softmax(dim=1)[1:, one].tolist() == [1.0] * 3
+    # Of two classes that of the second; of three the two that have images are ranked alike.
+    assert measure_quality(logits, labels).auroc == 1.0
+
+
+def test_log_odds_equal_those_of_exact_fractions():
+    logits = [[0.0, 50.0, 3.0], [-700.0, 0.0, 700.0], [2.0, 2.0, 2.0], [1.0, 1.0, -40.0]]
+    found = log_odds(torch.tensor(logits, dtype=torch.float64))
+    with localcontext(prec=700):
+        for row, each in zip(logits, found.tolist(), strict=True):
+            powers = [Decimal(one).exp() for one in row]
+            for power, value in zip(powers, each, strict=True):
+                assert value == pytest.approx(float((power / (sum(powers) - power)).ln()))
 
 
 def test_wrong_labels_and_no_images_are_refused():
     rows = make_rows(3)
     with pytest.raises(DataError, match=r"labels lie in \[0, 3\], allowed is \[0, 2\]"):
-        measure_quality(rows.probabilities, rows.labels.clone().index_fill_(0, torch.tensor(5), 3))
+        measure_quality(rows.logits, rows.labels.clone().index_fill_(0, torch.tensor(5), 3))
     with pytest.raises(DataError, match="0 images and 3 classes"):
-        measure_quality(rows.probabilities[:0], rows.labels[:0])
+        measure_quality(rows.logits[:0], rows.labels[:0])
     with pytest.warns(UserWarning, match="compute"), pytest.raises(DataError, match="0 images"):
         QualityMetric(3).compute()
 
@@ -214,8 +242,8 @@ def test_batches_in_any_order_give_what_all_images_give():
     for order in (parts, parts[::-1]):
         assert_same(fill(QualityMetric(3), rows, order), measure(rows))
     metric = QualityMetric(3)
-    metric.update(rows.probabilities, rows.labels)
-    assert_same(metric.compute(), measure_quality(rows.probabilities, rows.labels))
+    metric.update(rows.logits, rows.labels)
+    assert_same(metric.compute(), measure_quality(rows.logits, rows.labels))
 
 
 def run_process(rank: int, folder: str) -> None:

@@ -80,7 +80,7 @@ def test_from_the_download_to_the_page(recipe: str, tmp_path: Path, monkeypatch)
     Path("out").rename(f"shards/{recipe}")
     probe, shortcuts = (str(CONFIGS / recipe / f"{name}.yaml") for name in ("probe", "shortcuts"))
     assert run_script("train.py", TRAIN_JOBS, [probe, *SMALL]) == 0
-    few = ("pairs.images=6", "shortcuts.resamples=50", "shortcuts.shown=2")
+    few = ("pairs.images=16", "shortcuts.resamples=50", "shortcuts.shown=2")
     assert run_script("evaluate.py", EVALUATE_JOBS, [shortcuts, *SMALL, *few]) == 0
     run = Path("runs") / recipe / "shortcuts"
     check_table(run, chain)
@@ -98,6 +98,26 @@ def check_table(run: Path, chain: Chain) -> None:
             assert low < mean < high
     with (run / "groups.csv").open() as file:
         groups = [row for row in csv.DictReader(file) if row["cue"] == chain.metadata]
+    check_groups(groups)
+    # What is pasted is in no column: its pairs are its groups, and repairs are learned from others.
+    with (run / "groups.csv").open() as file:
+        groups = [row for row in csv.DictReader(file) if row["cue"] == chain.pasted]
+    check_groups(groups)
+    sides = [
+        sum(
+            int(row["images"]) for row in groups if row["has_cue"] == side and row["head"] == "text"
+        )
+        for side in ("False", "True")
+    ]
+    assert sides[0] == sides[1] <= 16
+    with (run / "repairs.csv").open() as file:
+        repairs = [row for row in csv.DictReader(file) if row["cue"] == chain.pasted]
+    assert [row["name"] for row in repairs][:2] == ["text", "probe"]
+    assert "project" in [row["name"] for row in repairs]
+    assert (run / "repaired" / chain.pasted / "project" / "probe.safetensors").is_file()
+
+
+def check_groups(groups: list[dict[str, str]]) -> None:
     assert {(row["has_cue"], row["head"]) for row in groups} == {
         (has_cue, head) for has_cue in ("False", "True") for head in ("text", "probe")
     }
@@ -109,3 +129,4 @@ def check_page(page: str, chain: Chain) -> None:
     described = re.findall(r"<img src=\"data:image/png;base64,[^\"]{100,}\" alt=\"([^\"]+)\"", page)
     assert sum(chain.metadata in words for words in described) >= 2
     assert sum(chain.pasted in words for words in described) >= 2
+    assert any(f"with the cue {chain.pasted}, 1 of" in words for words in described)

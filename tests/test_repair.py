@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.covariance import ledoit_wolf
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from clipattr.shortcuts.repair import (
     fold_erasure,
     measure_excess,
     restored_share,
+    shrink_covariance,
 )
 
 N_LATENTS, D_MODEL = 6, 3
@@ -106,7 +108,10 @@ def test_erased_rows_say_nothing_about_the_cue():
 
 
 def test_erasure_equals_leace_on_rows_repeated_until_groups_are_equal():
-    """The formula of the paper, without weights, on a set in which every group is as large."""
+    """The formula of the paper, without weights, on a set in which every group is as large.
+
+    Its covariance is shrunk: by what the rows allow, of which the repeated ones are more.
+    """
     rows, labels, has_cue = confounded(200)
     groups = 2 * labels + has_cue
     counts = torch.bincount(groups)
@@ -114,15 +119,77 @@ def test_erasure_equals_leace_on_rows_repeated_until_groups_are_equal():
     repeated = rows.repeat_interleave(common // counts[groups], dim=0).numpy()
     flags = has_cue.repeat_interleave(common // counts[groups]).double().numpy()
     centred = repeated - repeated.mean(axis=0)
+    weights = (1 / counts[groups].double()) / 4
+    centred_once = rows - weights @ rows
     sigma_xx = centred.T @ centred / len(centred)
+    shrunk = shrink_covariance(centred_once, weights).numpy()
+    assert 0 < np.abs(shrunk - sigma_xx).max() < 0.2 * np.abs(sigma_xx).max()
     sigma_xz = centred.T @ (flags - flags.mean())[:, None] / len(centred)
-    values, vectors = np.linalg.eigh(sigma_xx)
+    values, vectors = np.linalg.eigh(shrunk)
     whiten, colour = (vectors * values**power @ vectors.T for power in (-0.5, 0.5))
     subspace, _ = np.linalg.qr(whiten @ sigma_xz)
     projection = colour @ subspace @ subspace.T @ whiten
     expected = rows.numpy() - (rows.numpy() - repeated.mean(axis=0)) @ projection.T
     found = erase(rows, find_erasure(rows, labels, has_cue))
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("n", [5, 400])
+@pytest.mark.parametrize("is_sphere", [False, True])
+def test_covariance_is_shrunk_as_scikit_learn_does_it(n: int, is_sphere: bool):
+    rows = normal(n, N_FEATURES, seed=n) if is_sphere else confounded(n)[0]
+    centred = rows - rows.mean(dim=0)
+    expected, shrinkage = ledoit_wolf(centred.numpy(), assume_centered=True)
+    found = shrink_covariance(centred, torch.full((n,), 1 / n, dtype=torch.float64))
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-10, atol=1e-12)
+    assert (shrinkage == 1) == (is_sphere and n == 400)
+
+
+def test_weighted_covariance_equals_a_plain_loop():
+    rows, labels, _ = confounded(50)
+    weights = torch.rand(50, generator=seeded(3), dtype=torch.float64)
+    weights /= weights.sum()
+    centred = rows - weights @ rows
+    plain = sum(w * torch.outer(e, e) for w, e in zip(weights, centred, strict=True))
+    mu = plain.trace() / N_FEATURES
+    sphere = mu * torch.eye(N_FEATURES, dtype=torch.float64)
+    error = sum(
+        w**2 * (torch.outer(e, e) - plain).square().sum()
+        for w, e in zip(weights, centred, strict=True)
+    )
+    share = float(error / (plain - sphere).square().sum())
+    assert 0.01 < share < 0.9
+    expected = (1 - share) * plain + share * sphere
+    torch.testing.assert_close(shrink_covariance(centred, weights), expected)
+
+
+def test_hardly_more_rows_than_dimensions_do_not_spoil_other_images():
+    """What the images learned from do by chance must not be read as the cue."""
+    n_dims = 256
+
+    def draw(n: int, agreement: float, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        labels = torch.arange(n) % 2
+        has_cue = labels.bool() == (torch.rand(n, generator=seeded(seed)) < agreement)
+        rows = 0.5 * normal(n, n_dims, seed=seed + 1)
+        rows[:, CORE] += 2.4 * labels
+        rows[:, CUE] += 1.5 * has_cue
+        return rows, labels, has_cue
+
+    train, labels, _ = draw(4000, 0.95, 10)
+    fit = LogisticRegression(C=100, max_iter=2000).fit(train.numpy(), labels.numpy())
+    weights = torch.from_numpy(np.concatenate([-fit.coef_, fit.coef_]) / 2)
+    bias = torch.from_numpy(np.concatenate([-fit.intercept_, fit.intercept_]) / 2)
+    others, wanted, _ = draw(2000, 0.5, 30)
+
+    def accuracy(weights: Tensor, bias: Tensor) -> float:
+        return float(((others @ weights.T + bias).argmax(dim=1) == wanted).double().mean())
+
+    rows, labels, has_cue = draw(270, 0.95, 50)
+    erasure = find_erasure(rows, labels, has_cue)
+    folded = fold_erasure(weights, bias, erasure)
+    assert accuracy(*folded) > accuracy(weights, bias)
+    # The unshrunk one moves the embeddings several times as far.
+    assert float(erasure.read.norm() * erasure.remove.norm()) < 1.5
 
 
 def test_label_stays_in_every_group():
@@ -205,3 +272,6 @@ def test_restored_share():
     assert restored_share(0.5, 0.5, 0.9) == 0
     assert restored_share(0.5, 0.4, 0.9) == pytest.approx(-0.25)
     assert math.isnan(restored_share(0.9, 0.95, 0.9))
+    # Less than one point was lost: 50 times as much came back, of nothing.
+    assert math.isnan(restored_share(0.80, 0.85, 0.801))
+    assert restored_share(0.80, 0.81, 0.82) == pytest.approx(0.5)

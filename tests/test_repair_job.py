@@ -8,7 +8,7 @@ from torch.nn.functional import normalize
 
 from clipattr.errors import CheckpointError, ConfigError, DataError
 from clipattr.jobs import repair_fits
-from clipattr.jobs.repair_fits import groups_of, hold_out
+from clipattr.jobs.repair_fits import Fit, fit_by_groups, groups_of, hold_out
 from clipattr.jobs.shortcut_repair import (
     METHODS,
     STRENGTHS,
@@ -23,11 +23,13 @@ from clipattr.metrics.quality import measure_quality
 from clipattr.probes import LogisticProbe
 from clipattr.probes.files import ProbeRecord, load_head, load_probe
 from clipattr.probes.linear import LinearProbe
+from clipattr.probes.robust import GroupRows, fit_groups
 from clipattr.shortcuts.repair import Suppression, erase, find_erasure
 from clipattr.shortcuts.suppression_files import FEATURE, SuppressionRecord, load_suppression
 
 WIDTH, CORE, CUE = 12, 0, 1
 CS = (1.0, 10.0, 100.0)
+NAMES = ("intact", "cracked")
 MODEL = {"name": "tiny", "weights_sha256": "a" * 64}
 
 
@@ -45,7 +47,8 @@ def draw(n: int, agreement: float, *, seed: int, strengths: tuple[float, ...]) -
         edited[:, CUE] -= strength * 4.0 * (has_cue.float() - 0.5)
         cleaned.append(normalize(edited, dim=1))
     known = torch.ones(n, dtype=torch.bool)
-    return RepairRows(normalize(rows, dim=1), torch.stack(cleaned), labels, has_cue, known)
+    sources = torch.arange(n)
+    return RepairRows(normalize(rows, dim=1), torch.stack(cleaned), labels, has_cue, known, sources)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +76,7 @@ def probe(learn: RepairRows) -> LinearProbe:
 
 
 def run(probe: LinearProbe, learn: RepairRows, evaluate: RepairRows, **changes) -> list[Repaired]:
-    options = {"methods": METHODS, "direction": None, "Cs": CS, "seed": 0}
+    options = {"methods": METHODS, "direction": None, "classes": NAMES, "Cs": CS, "seed": 0}
     return repair(probe, learn, evaluate, **(options | changes))
 
 
@@ -87,8 +90,8 @@ def test_worst_group_comes_back(repaired, evaluate: RepairRows, method: str):
     before, *_, after = trade_off(repaired[method], evaluate)
     fair = as_probe(LogisticProbe(C=10.0).fit(evaluate.embeddings, evaluate.labels))
     with torch.no_grad():
-        probabilities = fair(evaluate.embeddings).softmax(dim=1)
-    reference = measure_quality(probabilities, evaluate.labels, has_cue=evaluate.has_cue)
+        logits = fair(evaluate.embeddings)
+    reference = measure_quality(logits, evaluate.labels, has_cue=evaluate.has_cue)
     lost = reference.worst_group - before.worst_group
     assert lost > 0.15
     # On the sphere a loud cue makes the rest quieter, which the unchanged probe was not told.
@@ -198,7 +201,7 @@ def test_held_out_is_a_fifth_of_every_stratum():
     generator = torch.Generator().manual_seed(3)
     labels, known = (torch.randint(0, 2, (203,), generator=generator) for _ in range(2))
     has_cue = torch.rand(203, generator=generator) < 0.1
-    rows = RepairRows(torch.zeros(203, 1), None, labels, has_cue, known.bool())
+    rows = RepairRows(torch.zeros(203, 1), None, labels, has_cue, known.bool(), torch.arange(203))
     held_out = hold_out(rows, 0)
     for label in (0, 1):
         for is_known, side in ((True, True), (True, False), (False, None)):
@@ -210,6 +213,64 @@ def test_held_out_is_a_fifth_of_every_stratum():
             assert int((held_out & chosen).sum()) == expected
     assert torch.equal(held_out, hold_out(rows, 0))
     assert not torch.equal(held_out, hold_out(rows, 1))
+
+
+def test_what_is_made_of_one_picture_is_held_out_with_it():
+    """Twins on both sides of the cut would let a fit be chosen on what it has seen."""
+    labels = torch.arange(90) % 3
+    made = torch.arange(0, 90, 2)
+    rows = RepairRows(
+        torch.zeros(135, 1),
+        None,
+        torch.cat([labels, labels[made]]),
+        torch.arange(135) >= 90,
+        torch.ones(135, dtype=torch.bool),
+        torch.cat([torch.arange(90), made]),
+    )
+    held_out = hold_out(rows, 0)
+    assert torch.equal(held_out[90:], held_out[made])
+    # 15 of each class are there twice, and 15 once.
+    assert torch.bincount(groups_of(rows)[held_out]).tolist() == [6, 3] * 3
+
+
+def test_a_choice_within_the_noise_is_the_better_calibrated():
+    """No other C within a standard error of the best worst group has a smaller log loss."""
+    learn = draw(1200, 0.93, seed=6, strengths=(1.0,))
+    Cs = (0.001, 0.01, 0.1, 1.0, 10.0)
+    held_out = hold_out(learn, 0)
+    groups, unit = groups_of(learn), learn.embeddings.double()
+    found = fit_by_groups("balanced", learn, Fit(2, Cs, 0))
+    tried = {}
+    for C in Cs:
+        one = fit_groups(
+            "balanced",
+            GroupRows(learn.embeddings[~held_out], learn.labels[~held_out], groups[~held_out]),
+            n_classes=2,
+            Cs=[C],
+        ).probe
+        with torch.no_grad():
+            logits = one.double()(unit[held_out])
+        right = (logits.argmax(dim=1) == learn.labels[held_out]).double()
+        loss = -logits.log_softmax(dim=1)[torch.arange(len(logits)), learn.labels[held_out]]
+        by_group = [groups[held_out] == group for group in range(4)]
+        rates = [float(right[members].mean()) for members in by_group]
+        place = rates.index(min(rates))
+        n_worst = int(by_group[place].sum())
+        error = (rates[place] * (1 - rates[place]) / n_worst) ** 0.5
+        tried[C] = (
+            rates[place],
+            error,
+            sum(float(loss[members].mean()) for members in by_group),
+            one,
+        )
+    top = max(tried.values(), key=lambda each: each[0])
+    within = {C: each for C, each in tried.items() if each[0] >= top[0] - top[1]}
+    assert len(within) > 1
+    C = min(within, key=lambda each: within[each][2])
+    # The strongest penalty of the best score is another one.
+    assert max(tried, key=lambda each: tried[each][0]) != C
+    wanted = within[C][3].weight.double()
+    torch.testing.assert_close(found.weight.double(), wanted, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("n_known", [0, 200])
@@ -226,17 +287,17 @@ def test_obstacles(probe, learn: RepairRows, evaluate: RepairRows):
     one_side = learn._replace(has_cue=learn.labels == 1)
     rare = learn._replace(known=~((learn.labels == 0) & learn.has_cue))
     rare.known[((learn.labels == 0) & learn.has_cue).nonzero()[:2]] = True
-    assert "no latents" in obstacle("suppress", bare, direction=None)
-    assert "no latents" in obstacle("retrain", bare, direction=None)
+    assert "no latents" in obstacle("suppress", bare, direction=None, classes=NAMES)
+    assert "no latents" in obstacle("retrain", bare, direction=None, classes=NAMES)
     for rows in (unknown, one_side):
-        assert "with and without" in obstacle("project", rows, direction=None)
-        assert obstacle("project", rows, direction=torch.ones(WIDTH)) is None
-    assert "no learning image says" in obstacle("dfr", unknown, direction=None)
+        assert "with and without" in obstacle("project", rows, direction=None, classes=NAMES)
+        assert obstacle("project", rows, direction=torch.ones(WIDTH), classes=NAMES) is None
+    assert "no learning image says" in obstacle("dfr", unknown, direction=None, classes=NAMES)
     for method in ("dfr", "balanced", "group_dro"):
-        found = obstacle(method, rare, direction=None)
-        assert found == "class 0 with the cue has 2 learning images, at least 3 are needed"
-        assert obstacle(method, learn, direction=None) is None
-    with pytest.raises(DataError, match="repair dfr: class 0 with the cue has 2"):
+        found = obstacle(method, rare, direction=None, classes=NAMES)
+        assert found == "'intact' with the cue has 2 learning images, at least 3 are needed"
+        assert obstacle(method, learn, direction=None, classes=NAMES) is None
+    with pytest.raises(DataError, match="repair dfr: 'intact' with the cue has 2"):
         run(probe, rare, evaluate, methods=["project", "dfr"])
     with pytest.raises(ValueError, match="not cleaned at the strengths"):
         run(probe, learn, evaluate._replace(cleaned=learn.cleaned), methods=["suppress"])
@@ -278,8 +339,11 @@ def test_three_classes_and_an_empty_group(evaluate: RepairRows):
     rows[torch.arange(600), 3 + labels] += 3
     rows[:, CUE] += 3.0 * has_cue
     unit = normalize(rows, dim=1)
-    learn = RepairRows(unit, None, labels, has_cue, torch.ones(600, dtype=torch.bool))
-    found = run(LinearProbe(WIDTH, 3), learn, learn, methods=["project", "balanced", "dfr"])
+    known, sources = torch.ones(600, dtype=torch.bool), torch.arange(600)
+    learn = RepairRows(unit, None, labels, has_cue, known, sources)
+    names = ("a", "b", "c")
+    methods = ["project", "balanced", "dfr"]
+    found = run(LinearProbe(WIDTH, 3), learn, learn, methods=methods, classes=names)
     for each in found:
         assert each.logits.shape == (5, 600, 3)
     for each in found[1:]:

@@ -56,6 +56,26 @@ def test_the_rule_changes_where_nearly_all_images_fire():
     assert infer_cue(values).threshold == 0
 
 
+def test_two_sets_have_one_threshold():
+    """Firing in 89 % of one set and in 91 % of the other is the same cue."""
+    draw = torch.Generator().manual_seed(0)
+
+    def activations(n_firing: int) -> torch.Tensor:
+        values = 0.5 + 0.5 * torch.rand(1000, generator=draw)
+        values[torch.rand(1000, generator=draw) < 0.3] += 1
+        values[n_firing:] = 0
+        return values
+
+    learned, evaluated = infer_cue(activations(890)), activations(910)
+    assert int(learned.has_cue.sum()) == 890
+    assert int(infer_cue(evaluated).has_cue.sum()) < 400
+    found = infer_cue(evaluated, learned.threshold)
+    assert found.has_cue.tolist() == (evaluated > 0).tolist()
+    assert "they fire in 910 of 1000 images" in found.words
+    assert infer_cue(evaluated, 1.0).has_cue.tolist() == (evaluated > 1).tolist()
+    assert infer_cue(torch.zeros(3), 0.0).has_cue.tolist() == [False] * 3
+
+
 @pytest.mark.parametrize(
     ("activation", "message"),
     [

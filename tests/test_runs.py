@@ -271,3 +271,14 @@ def test_signed_urls_are_not_kept_and_a_new_signature_is_no_new_run(tmp_path):
     assert all("https://host/{00..11}.tar" in text for text in texts)
     assert is_finished_with(run_of("another"), INPUTS)
     assert not is_finished_with(replace(run_of("another"), seed=1), INPUTS)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "is_kept"), [("progress", False, True), ("steps", 7, False)]
+)
+def test_bars_do_not_make_a_run_another(tmp_path, setting: str, value: object, is_kept: bool):
+    config = TrainClip(job="train_clip", name="a", runs=str(tmp_path))
+    config.data.shards = "x.tar"
+    open_run(config, COMMAND).finish()
+    setattr(config.trainer, setting, value)
+    assert is_finished_with(config) is is_kept

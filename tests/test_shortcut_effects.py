@@ -14,7 +14,7 @@ from clipattr.callbacks.shortcuts_result import (
     spreads,
 )
 from clipattr.errors import ConfigError, DataError
-from clipattr.metrics.intervals import bootstrap_mean, bootstrap_ratio, bootstrap_statistic
+from clipattr.metrics.intervals import bootstrap_ratio, bootstrap_statistic, resampled_means
 from clipattr.shortcuts.contrast import (
     class_contrasts,
     contrast_logits,
@@ -79,54 +79,138 @@ def test_nothing_is_left_along_a_removed_direction():
         remove_direction(unit, torch.zeros(5), 0.0)
 
 
-def two_heads(n: int = 60) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def spread(scores: Tensor) -> float:
+    return float(np.std(scores.numpy()))
+
+
+def of_spread(square: Tensor, mean: Tensor) -> Tensor:
+    return (square - mean.square()).sqrt()
+
+
+def two_heads(n: int = 60, n_images: int = 60) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     text, probe = 0.1 * draw(n, 3) + 0.2, 5 * draw(n, 3, seed=1) - 9
     text[:, 1] -= 0.2  # cannot be told from 0
-    units = {"text": torch.tensor([0.5, 2.0, 1.0]), "probe": torch.tensor([3.0, 4.0, 5.0])}
-    return text, probe, units
+    units = torch.tensor([0.5, 2.0, 1.0]), torch.tensor([3.0, 4.0, 5.0])
+    scores = {
+        head: unit * draw(n_images, 3, seed=seed) + 7
+        for seed, (head, unit) in enumerate(zip(("text", "probe"), units, strict=True), start=2)
+    }
+    return text, probe, scores
 
 
-def test_effects_equal_single_bootstraps():
-    text, probe, units = two_heads()
-    found = measure_effects(text, probe, spreads=units, names=NAMES, measure="removal", **DRAWS)
+def test_effects_of_the_same_images_equal_single_bootstraps():
+    text, probe, scores = two_heads()
+    found = measure_effects(
+        text, probe, scores=scores, same_images=True, names=NAMES, measure="removal", **DRAWS
+    )
     assert [each.score for each in found] == list(NAMES)
     for number, effect in enumerate(found):
-        one = text[:, number] / float(units["text"][number])
-        other = probe[:, number] / float(units["probe"][number])
+        columns = {"text": text[:, number], "probe": probe[:, number]}
+        base = {head: each[:, number] for head, each in scores.items()}
+
+        def bootstrap(statistic, *heads: str, columns=columns, base=base):
+            """Of mean effect, mean score and mean square of each head."""
+            parts = [(columns[h], base[h], base[h].square()) for h in heads]
+            flat = [each for part in parts for each in part]
+            return bootstrap_statistic(flat, statistic, resamples=200, generator=seeded(5))
+
         assert (effect.measure, effect.n) == ("removal", 60)
-        for interval, values in ((effect.text, one), (effect.probe, other)):
-            assert interval.mean == pytest.approx(float(np.mean(values.numpy())))
-            expected = bootstrap_mean(values, resamples=200, generator=seeded(5))
+        for head, interval in (("text", effect.text), ("probe", effect.probe)):
+            point = float(columns[head].mean()) / spread(base[head])
+            assert interval.mean == pytest.approx(point)
+            expected = bootstrap(lambda e, m, q: e / of_spread(q, m), head)
             assert interval == pytest.approx(expected)
-        expected = bootstrap_statistic(
-            [other, one], lambda p, t: p.abs() - t.abs(), resamples=200, generator=seeded(5)
+        # Signs of the data's means: -1 of the probe, and of the text head what its mean has.
+        sign = float(columns["text"].mean().sign())
+        expected = bootstrap(
+            lambda e, m, q, f, n, r, sign=sign: -f / of_spread(r, n) - sign * e / of_spread(q, m),
+            "text",
+            "probe",
         )
         assert effect.excess == pytest.approx(expected)
         if number == 1:
             assert effect.text.low < 0 < effect.text.high
             assert all(math.isnan(value) for value in effect.amplification)
         else:
-            ratio = bootstrap_ratio(other, one, resamples=200, generator=seeded(5))
+            ratio = bootstrap(
+                lambda e, m, q, f, n, r: f / of_spread(r, n) / (e / of_spread(q, m)),
+                "text",
+                "probe",
+            )
             assert effect.amplification == pytest.approx(ratio)
             assert effect.amplification.mean < -1
 
 
+def test_units_of_other_images_are_drawn_apart():
+    """As many pairs as images, and still not the same draws."""
+    text, probe, scores = two_heads()
+    options = {"scores": scores, "names": NAMES, "measure": "pairs", **DRAWS}
+    same = measure_effects(text, probe, same_images=True, **options)
+    apart = measure_effects(text, probe, same_images=False, **options)
+    means = text.mean(0), probe.mean(0)
+    effects = resampled_means(torch.cat([text, probe], 1), resamples=200, generator=seeded(5))
+    moments = torch.cat([each**power for each in scores.values() for power in (1, 2)], 1)
+    drawn = resampled_means(moments, resamples=200, generator=seeded(6))
+    for number, effect in enumerate(apart):
+        mean, square = drawn[:, 6 + number], drawn[:, 9 + number]
+        expected = effects[:, 3 + number] / of_spread(square, mean)
+        low, high = np.quantile(expected.numpy(), [0.025, 0.975])
+        assert (effect.probe.low, effect.probe.high) == pytest.approx((low, high))
+        assert effect.probe.mean == pytest.approx(
+            float(means[1][number]) / spread(scores["probe"][:, number])
+        )
+        assert effect.probe.mean == same[number].probe.mean
+        assert effect.probe.low != same[number].probe.low
+    options["scores"] = {head: each[:59] for head, each in scores.items()}
+    with pytest.raises(DataError, match="pairs: 60 effects, but scores of"):
+        measure_effects(text, probe, same_images=True, **options)
+
+
 def test_excess_of_opposite_effects_of_one_size_is_nothing():
     text = 1 + 0.1 * draw(80, 1)
-    units = {"text": torch.ones(1), "probe": torch.ones(1)}
-    (found,) = measure_effects(text, -text, spreads=units, names=("a",), measure="pairs", **DRAWS)
+    scores = draw(80, 1, seed=4)
+    (found,) = measure_effects(
+        text,
+        -text,
+        scores={"text": scores, "probe": -scores},
+        same_images=False,
+        names=("a",),
+        measure="pairs",
+        **DRAWS,
+    )
     assert found.excess == pytest.approx((0, 0, 0), abs=1e-12)
+    assert found.excess_all == found.excess
     assert found.amplification == pytest.approx((-1, -1, -1))
 
 
 def test_effects_that_are_not_numbers_or_too_few_are_refused():
-    text, probe, units = two_heads()
-    options = {"spreads": units, "names": NAMES, "measure": "pairs", **DRAWS}
+    text, probe, scores = two_heads()
+    options = {"same_images": False, "names": NAMES, "measure": "pairs", **DRAWS}
     with pytest.raises(DataError, match="pairs: 1 images or pairs"):
-        measure_effects(text[:1], probe[:1], **options)
+        measure_effects(text[:1], probe[:1], scores=scores, **options)
+    constant = scores["probe"] * torch.tensor([1.0, 0.0, 1.0])
+    with pytest.raises(DataError, match="head 'probe', score 1: its standard deviation over 60"):
+        measure_effects(text, probe, scores={**scores, "probe": constant}, **options)
     probe[4, 2] = math.nan
     with pytest.raises(DataError, match="1 of them with a number that is not finite"):
-        measure_effects(text, probe, **options)
+        measure_effects(text, probe, scores=scores, **options)
+
+
+def test_a_draw_of_one_image_alone_does_not_undo_an_interval():
+    """One image of four differs: a third of the draws have no spread, and are not divided by 0."""
+    scores = torch.tensor([[0.0], [0.0], [0.0], [1.0]], dtype=torch.float64)
+    (found,) = measure_effects(
+        0 * scores,
+        1 + scores,
+        scores={"text": scores, "probe": scores},
+        same_images=True,
+        names=("a",),
+        measure="removal",
+        **DRAWS,
+    )
+    assert found.text == (0, 0, 0)
+    assert found.probe.high > 1e5 > found.probe.mean >= found.probe.low > 0
+    assert math.isfinite(found.probe.high)
 
 
 def build_result() -> ShortcutResult:

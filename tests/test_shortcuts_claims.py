@@ -6,6 +6,7 @@ import pytest
 
 from clipattr.metrics.intervals import Interval
 from clipattr.report.shortcuts import claims, readings
+from clipattr.report.shortcuts.page import render
 from tests.shortcuts_content import (
     NAN,
     SCORE,
@@ -65,7 +66,9 @@ def test_a_negative_ratio_is_opposition(excess, words):
             ABOVE,
             "leans on {} more than the prompt does (probe +0.500 [0.200,",
         ),
-        (AROUND, AROUND, BELOW, "leans on {} less than the prompt does"),
+        (AROUND, AROUND, ABOVE, "Neither the probe nor the prompt reacts to {} beyond chance"),
+        (ABOVE, AROUND, BELOW, "leans on {} less than the prompt does"),
+        (AROUND, AROUND, BELOW, "Neither the probe nor the prompt reacts to {} beyond chance"),
         (AROUND, BELOW, AROUND, "reacts to {}, but that it does so more than the prompt is not"),
         (ABOVE, AROUND, AROUND, "does not react to {} beyond chance"),
         (AROUND, AROUND, AROUND, "Neither the probe nor the prompt reacts to {} beyond chance"),
@@ -85,9 +88,16 @@ def test_what_is_not_defined_is_not_claimed():
         assert said.endswith("more than the prompt does is not defined in this run.")
     half = Interval(3.0, NAN, NAN)
     assert " times" not in claim(ratio=half)
-    assert claims.amplification_claim(dataclasses.replace(tag(), effects=[])).startswith(
-        "No effect"
-    )
+
+
+def test_without_an_effect_the_groups_speak():
+    cue = dataclasses.replace(tag(), effects=[])
+    said = claims.amplification_claim(cue)
+    assert "was not measured" in said
+    assert "prompts: 56.2 % of the worst group" in said.replace("\N{NO-BREAK SPACE}", " ")
+    assert "probe: 65.7 % of the worst group" in said.replace("\N{NO-BREAK SPACE}", " ")
+    bare = dataclasses.replace(cue, quality=[])
+    assert claims.amplification_claim(bare).startswith("No effect of")
 
 
 def test_large_and_close_ratios_have_the_digits_they_need():
@@ -106,7 +116,12 @@ def test_headline_is_of_the_first_measure_and_the_largest_excess():
     cue = dataclasses.replace(tag(), effects=rows)
     assert claims.headline_effect(cue) is rows[3]
     assert claims.choice_note(cue).startswith("Measured by: pairs; score: two, the one with")
-    assert "of 3, so the number flatters" in claims.choice_note(cue)
+    assert "of 3, so the numbers flatter" in claims.choice_note(cue)
+    assert "for all 3 at once (+0.600 [0.550, 0.660])." in claims.choice_note(cue)
+    over_all = dataclasses.replace(rows[3], excess_all=Interval(0.6, -0.1, 1.3))
+    cue = dataclasses.replace(tag(), effects=[*rows[1:3], over_all])
+    assert "for all 3 at once (+0.600 [\N{MINUS SIGN}0.100, 1.300])." in claims.choice_note(cue)
+    assert "is not shown" in claims.amplification_claim(cue)
     assert claims.choice_note(tag()) == f"Measured by: pairs; score: {SCORE}."
 
 
@@ -137,12 +152,28 @@ def test_placebos_are_judged_beside_the_cue(effect_of_placebo, words):
         assert "the cue" not in said
 
 
-def test_a_placebo_stands_beside_its_own_measure():
-    removal = effect("removal", 0.1, 0.4)
-    placebo = effect("placebo of the removal", 0.0, 0.2, placebo=True)
+@pytest.mark.parametrize(
+    ("excess", "words"),
+    [
+        (UNDEFINED, "whether the probe leans on such latents more is not defined in this run."),
+        (Interval(-0.02, -0.03, -0.01), "the probe leans less on such latents than the prompt ("),
+        (Interval(0.02, -0.03, 0.05), "more than the prompt does is not shown (excess +0.020"),
+        (Interval(0.2, 0.1, 0.3), "by 50\N{NO-BREAK SPACE}% of the excess of the cue's."),
+        (Interval(0.5, 0.1, 0.9), "so the excess is not the cue's own."),
+    ],
+)
+def test_a_placebo_of_a_removal_is_judged_by_the_excess(excess, words):
+    """Beside its own measure, and not by what it does to the probe: latents may matter to both."""
+    removal = dataclasses.replace(effect("removal", 0.1, 0.4), excess=Interval(0.4, 0.3, 0.5))
+    placebo = effect("placebo of the removal", 0.1, 0.2, placebo=True)
+    placebo = dataclasses.replace(placebo, probe=Interval(-9.0, -9.1, -8.9), excess=excess)
     cue = dataclasses.replace(tag(), effects=[tag().effects[0], removal, placebo])
     (said,) = claims.placebo_claims(cue)
-    assert "by 50\N{NO-BREAK SPACE}% of what the cue does." in said
+    assert said.startswith("Control (placebo of the removal): ")
+    assert said.endswith(words) or words in said and not words.endswith(".")
+    unknown = dataclasses.replace(removal, excess=UNDEFINED)
+    alone = dataclasses.replace(cue, effects=[tag().effects[0], unknown, placebo])
+    assert "cue's" not in claims.placebo_claims(alone)[0]
 
 
 def test_a_missing_placebo_is_said():
@@ -209,3 +240,43 @@ def test_calibration_is_of_the_probe():
     no_ece = dataclasses.replace(quality("probe", 0.907), ece_with=NAN)
     said = readings.calibration_claim(dataclasses.replace(tag(), quality=[no_ece]))
     assert said.endswith("0.794 with it.")
+
+
+def test_groups_of_pairs_are_said_to_be_pairs():
+    """Numbers over the pairs are not those over the images, and both are told."""
+    cue = dataclasses.replace(tag(), source="pairs")
+    assert "Groups from pairs" in readings.source_note(cue)
+    assert "half with the cue" in readings.quality_note(cue)
+    assert readings.harm_claims(cue)[1].endswith("on average over the pairs.")
+    assert "over all pictures of the pairs" in readings.calibration_claim(cue)
+    rows = [dataclasses.replace(row, accuracy_of_all=0.9) for row in cue.quality]
+    after = dataclasses.replace(quality("dfr", 0.943), accuracy_of_all=0.85)
+    repaired = dataclasses.replace(cue.repairs[1], quality=after)
+    said = readings.repair_claim(dataclasses.replace(cue, quality=rows, repairs=[repaired]))
+    assert f"over the pairs and {MINUS}5.0 points over all evaluated images" in said
+    assert "metadata" in readings.source_note(dataclasses.replace(cue, source="metadata"))
+    assert "inferred from latents" in readings.source_note(
+        dataclasses.replace(cue, source="latents")
+    )
+    assert readings.source_note(tag()) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "probe", "excess", "words"),
+    [
+        (ABOVE, ABOVE, Interval(-0.2, -0.3, -0.1), "removal does not confirm"),
+        (ABOVE, AROUND, ABOVE, "removal does not confirm"),
+        (ABOVE, ABOVE, Interval(4e-6, 3e-6, 5e-6), "removal does not confirm"),
+        (ABOVE, ABOVE, Interval(6e-6, 5e-6, 7e-6), ""),
+        (AROUND, ABOVE, ABOVE, ""),
+    ],
+)
+def test_what_removal_does_not_confirm_is_said_beside_the_latent(text, probe, excess, words):
+    row = dataclasses.replace(
+        latent(1, 7, significant=True, cues=[]), text=text, probe=probe, excess=excess
+    )
+    assert claims.is_confirmed(row) == (not words)
+    for is_significant in (True, False):
+        row = dataclasses.replace(row, is_significant=is_significant)
+        page = render(dataclasses.replace(full_content(), amplified=[row]))
+        assert page.count("removal does not confirm") == (1 if words and is_significant else 0)

@@ -89,6 +89,7 @@ class World:
             "name": "run",
             "runs": str(self.folder / "runs"),
             "sae": str(self.folder / "sae"),
+            "atlas": "null",
             "probe": str(self.folder / "probe"),
             "data.shards": str(self.folder / "task_test"),
             "pairs.shards": str(self.folder / "task_pairs"),
@@ -225,6 +226,7 @@ def test_groups_are_a_plain_count(world: World):
         label = read_label(sample, "cls", TASK_CLASSES)
         state = str(bool(read_json(sample)["has_tag"]))
         right.setdefault((TASK_CLASSES[label], state), []).append(int(row.argmax()) == label)
+    assert world.metrics()["cues"]["tag"]["source"] == "metadata"
     rows = [row for row in world.table("groups.csv") if row["cue"] == "tag"]
     found = {(row["label"], row["has_cue"]): row for row in rows if row["head"] == "probe"}
     assert found.keys() == right.keys()
@@ -264,8 +266,12 @@ def test_without_an_sae_pairs_prompts_groups_and_some_repairs_are_left(world: Wo
     assert found["tag"]["repairs"].keys() == {"project"}
     assert found["ink"]["effects"].keys() == {"pairs", "placebo of the pairs"}
     assert found["ink"]["effects"]["pairs"][SCORE]["n"] == 20
-    assert found["ink"]["repairs"] == {}
-    assert any("no repair" in warning for warning in found["ink"]["warnings"])
+    assert found["ink"]["source"] == "pairs"
+    assert found["ink"]["repairs"].keys() == {"project"}
+    sides = [
+        each["images"] for states in found["ink"]["groups"].values() for each in states.values()
+    ]
+    assert sum(sides) == 2 * 20
 
 
 def test_what_is_given_as_latents_alone_has_inferred_groups(world: World):
@@ -277,13 +283,14 @@ def test_what_is_given_as_latents_alone_has_inferred_groups(world: World):
     assert world.run(*options, reference, "shortcuts.automatic=false") == 0
     found = world.metrics("latents")["cues"]["suspect"]
     assert any("inferred from its latents" in warning for warning in found["warnings"])
+    assert found["source"] == "latents"
     assert found["repairs"]["suppress"]["restored"] > 0.6
     assert found["repairs"]["suppress"]["restored"] != pytest.approx(
         (found["repairs"]["suppress"]["worst_group"] - found["quality"]["probe"]["worst_group"])
         / (found["quality"]["text"]["worst_group"] - found["quality"]["probe"]["worst_group"])
     )
-    # At its mean, a latent cannot be taken out any more.
-    assert found["repairs"]["suppress"]["effect"]["mean"] == 0
+    # At its mean, a latent cannot be taken out any more: there is nothing to measure.
+    assert found["repairs"]["suppress"]["effect"]["mean"] is None
     assert "amplified" not in world.metrics("latents")
 
 

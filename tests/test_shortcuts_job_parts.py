@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import binomtest
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -15,7 +16,15 @@ from clipattr.clip import Rest, image_tower
 from clipattr.codes import SparseCodes
 from clipattr.config.schema import EVALUATE_JOBS
 from clipattr.data.pixels import Pixels
-from clipattr.jobs.shortcuts_latents import Flags, find_separating, highest_auroc
+from clipattr.jobs.shortcuts_latents import (
+    FEWEST,
+    Flags,
+    auroc_within,
+    count_firing,
+    find_separating,
+    highest_auroc,
+    stratify,
+)
 from clipattr.main import run_script
 from clipattr.metrics.ranks import auroc
 from clipattr.shortcuts.contrast import contrast_logits
@@ -77,6 +86,7 @@ class ShortcutsJob(Job):
         words = self.places(sae) | {
             "prompts": json.dumps(NAMES),
             "probe": str(self.folder / "probe"),
+            "atlas": "null",
             "cues": json.dumps(CUES),
             "pairs.shards": "null",
             "repair.shards": "null",
@@ -190,6 +200,22 @@ def test_a_prompt_is_taken_out_of_the_images_with_the_cue(
         check(job, effects, {"with": unit[has], "without": edited})
 
 
+def test_groups_of_few_images_have_intervals_and_the_worst_is_that_of_the_table(
+    found: dict[str, dict],
+):
+    cue = found["last"]["cues"]["words"]
+    groups = [side for label in cue["groups"].values() for side in label.values()]
+    assert {1, 2} <= {each["images"] for each in groups}
+    for head in ("text", "probe"):
+        for each in groups:
+            share, n = each["accuracy"][head], each["images"]
+            of = binomtest(round(share["mean"] * n), n).proportion_ci(method="wilson")
+            assert [share["low"], share["high"]] == pytest.approx([of.low, of.high], abs=1e-12)
+        worst = min(each["accuracy"][head]["mean"] for each in groups)
+        assert cue["quality"][head]["worst_group"] == pytest.approx(worst)
+    assert any("no label of data.shards=" in warning for warning in cue["warnings"])
+
+
 @pytest.mark.parametrize("site", SITES)
 def test_the_first_latents_are_confirmed_by_taking_them_out(
     job: ShortcutsJob, found: dict[str, dict], site: str
@@ -229,21 +255,41 @@ class FixedSpliced(Spliced):
         self.sae = FixedCodes(n_latents)  # type: ignore[assignment]
 
 
-def test_latents_of_a_flag_are_those_of_a_dense_auroc():
+def as_batches(dense: Tensor) -> list[tuple[Tensor, Tensor, Rest]]:
+    rows = torch.arange(len(dense)).split(64)
+    return [(part, row, Rest()) for part, row in zip(dense.split(64), rows, strict=True)]
+
+
+def mean_of_labels(dense: Tensor, flags: Flags, labels: Tensor) -> Tensor:
+    """The plain loop: labels with enough images of both kinds, by how many pairs they can make."""
+    areas, weights = [], []
+    for label in labels.unique():
+        members = flags.known & (labels == label)
+        n_with, n_without = int((members & flags.has).sum()), int((members & ~flags.has).sum())
+        if min(n_with, n_without) >= FEWEST:
+            areas.append(auroc(dense[members], flags.has[members]))
+            weights.append(n_with * n_without / (n_with + n_without))
+    return sum(w * area for w, area in zip(weights, areas, strict=True)) / sum(weights)
+
+
+@pytest.mark.parametrize("n_labels", [1, 3])
+def test_latents_of_a_flag_are_those_of_a_dense_auroc(n_labels: int):
     generator = torch.Generator().manual_seed(0)
-    has = torch.rand(200, generator=generator) < 0.4
-    known = torch.rand(200, generator=generator) < 0.9
+    has, known = (torch.rand(200, generator=generator) < share for share in (0.4, 0.9))
+    labels = torch.randint(n_labels, (200,), generator=generator)
+    labels[:15] = 7  # too few
     dense = torch.rand(200, 50, generator=generator).clamp(min=0.6) - 0.6
     strength = torch.linspace(0, 1, 50)
     dense = dense + strength * has[:, None] * torch.rand(200, 50, generator=generator)
-    batches = [
-        (part, rows, Rest())
-        for part, rows in zip(dense.split(64), torch.arange(200).split(64), strict=True)
-    ]
-    found = find_separating(
-        FixedSpliced(50), batches, {"a": Flags(has, known), "b": Flags(~has, known)}, at_least=0.8
-    )
-    areas = auroc(dense[known], has[known])
+    flags = {"a": Flags(has, known), "b": Flags(~has, known)}
+    strata = {name: stratify(each, labels) for name, each in flags.items()}
+    found = find_separating(FixedSpliced(50), as_batches(dense), strata, at_least=0.8)
+    fired = count_firing(FixedSpliced(50), as_batches(dense), strata)["a"]
+    for label in range(n_labels):
+        for state in (0, 1):
+            members = known & (labels == label) & (has == bool(state))
+            assert fired[label, state].tolist() == (dense[members] > 0).sum(dim=0).tolist()
+    areas = mean_of_labels(dense, flags["a"], labels)
     wanted = (areas >= 0.8).nonzero().flatten()
     assert 3 < len(wanted) < 47
     assert found["a"].latents.sort().values.tolist() == wanted.tolist()
@@ -252,13 +298,53 @@ def test_latents_of_a_flag_are_those_of_a_dense_auroc():
     assert found["b"].latents.tolist() == []
 
 
+def test_a_latent_of_the_label_does_not_stand_for_a_cue_that_goes_with_it():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(2000) % 2
+    has = labels.bool() == (torch.rand(2000, generator=generator) < 0.95)
+    fires = torch.stack([labels.bool(), has], dim=1)
+    dense = fires * (0.5 + torch.rand(2000, 2, generator=generator))
+    flags = Flags(has, torch.ones_like(has))
+    # Over all images the latent of the label would tell the cue.
+    assert float(auroc(dense, has)[0]) > 0.9
+    found = find_separating(
+        FixedSpliced(2), as_batches(dense), {"cue": stratify(flags, labels)}, at_least=0.8
+    )
+    assert found["cue"].latents.tolist() == [1]
+
+
+def test_labels_with_few_images_of_one_kind_have_no_say():
+    labels = torch.tensor([0] * 40 + [1] * 40)
+    has = torch.zeros(80, dtype=torch.bool)
+    has[:FEWEST], has[40 : 40 + FEWEST - 1] = True, True
+    found = stratify(Flags(has, torch.ones_like(has)), labels)
+    assert found.counts.tolist() == [[40 - FEWEST, FEWEST]]
+    assert found.place.tolist() == [0] * 40 + [-1] * 40
+    known = torch.ones_like(has)
+    known[0] = False
+    assert not len(stratify(Flags(has, known), labels).counts)
+    together = stratify(Flags(has, known), None)
+    assert together.counts.tolist() == [[80 - 2 * FEWEST + 1, 2 * FEWEST - 2]]
+    assert together.place.tolist() == [-1] + [0] * 79
+
+
 def test_no_latent_is_left_out_by_the_counts():
     generator = torch.Generator().manual_seed(1)
     for _ in range(50):
-        rate = torch.rand(2, generator=generator)
-        has = torch.rand(60, generator=generator) < 0.5
-        values = torch.rand(60, generator=generator) + has
-        values = values * (torch.rand(60, generator=generator) < rate[has.long()])
-        fired = torch.stack([((values > 0) & (has == bool(state))).sum() for state in (0, 1)])
-        bound = highest_auroc(fired[:, None], Flags(has, torch.ones_like(has)))
-        assert float(auroc(values[:, None], has)) <= float(bound) + 1e-12
+        rate = torch.rand(2, 2, generator=generator)
+        has = torch.rand(90, generator=generator) < 0.5
+        labels = torch.randint(2, (90,), generator=generator)
+        strata = stratify(Flags(has, torch.ones_like(has)), labels)
+        values = torch.rand(90, generator=generator) + has
+        values = values * (torch.rand(90, generator=generator) < rate[labels, has.long()])
+        fired = torch.tensor(
+            [
+                [
+                    int(((values > 0) & (labels == one) & (has == bool(state))).sum())
+                    for state in (0, 1)
+                ]
+                for one in (0, 1)
+            ]
+        )
+        bound = highest_auroc(fired[..., None], strata)
+        assert float(auroc_within(values[:, None], strata)) <= float(bound) + 1e-12

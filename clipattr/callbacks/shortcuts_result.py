@@ -15,6 +15,9 @@ from clipattr.shortcuts.automatic import LatentSums
 from clipattr.shortcuts.contrast import contrast_logits
 
 UNDEFINED = Interval(math.nan, math.nan, math.nan)
+HEADS = ("text", "probe")
+# Of the spread of the data: a resample may be of one image alone, and is then not divided by 0.
+_LEAST_SPREAD = 1e-6
 
 
 class ShortcutResult(NamedTuple):
@@ -46,6 +49,8 @@ class CueEffect(NamedTuple):
     """probe / text; nan where the effect on the text head cannot be told from 0"""
     excess: Interval
     """|probe| - |text|"""
+    excess_all: Interval
+    """the excess, with an interval that holds for all scores of the measure at once"""
     n: int
     """images or pairs"""
 
@@ -60,16 +65,18 @@ class CueShare(NamedTuple):
 
 def spreads(result: ShortcutResult) -> dict[str, Float64[Tensor, " score"]]:
     """Population standard deviation of each head's scores over the images."""
-    found: dict[str, Tensor] = {}
-    for head, logits in result.logits.items():
-        found[head] = contrast_logits(logits).std(dim=0, correction=0)
-        constant = (~(found[head] > 0)).nonzero()
-        if len(constant):
-            score = int(constant[0])
-            raise DataError(
-                f"head {head!r}, score {score}: its standard deviation over {len(logits)} images "
-                f"is {float(found[head][score])}; effects are measured against a score that varies"
-            )
+    return {head: _spread(head, contrast_logits(each)) for head, each in result.logits.items()}
+
+
+def _spread(head: str, scores: Float[Tensor, "image score"]) -> Float64[Tensor, " score"]:
+    found = scores.double().std(dim=0, correction=0)
+    constant = (~(found > 0)).nonzero()
+    if len(constant):
+        score = int(constant[0])
+        raise DataError(
+            f"head {head!r}, score {score}: its standard deviation over {len(scores)} images is "
+            f"{float(found[score])}; effects are measured against a score that varies"
+        )
     return found
 
 
@@ -77,7 +84,8 @@ def measure_effects(
     text: Float[Tensor, "n score"],
     probe: Float[Tensor, "n score"],
     *,
-    spreads: Mapping[str, Float[Tensor, " score"]],
+    scores: Mapping[str, Float[Tensor, "image score"]],
+    same_images: bool,
     names: Sequence[str],
     measure: str,
     resamples: int,
@@ -85,43 +93,92 @@ def measure_effects(
 ) -> list[CueEffect]:
     """Means of effects, their ratio and their excess, with percentile bootstrap intervals.
 
-    An image or pair is drawn with both heads and all scores, so that these stay paired. The excess
-    of a resample has the signs of its own means.
+    An image or pair is drawn with both heads and all scores, so that these stay paired, and with
+    each draw goes one of the images whose standard deviation the effects are divided by.
+
+    The excess of a resample has the signs of the data's means: with those of its own it could not
+    be below 0 where the text head is quiet. `excess_all` is excess +- c standard errors, c being
+    the 95 % quantile over resamples of the largest distance of any score, in standard errors; of
+    one score it is `excess`. Reference: Romano and Wolf, 2005 (max-t).
 
     Args:
         text: y(with the cue) - y(without it) of each image or pair, in units of the head.
         probe: the same of the probe.
-        spreads: what each is divided by, "text" and "probe".
+        scores: of the evaluated images, "text" and "probe": their spread is the unit.
+        same_images: row i of the effects is image i of the scores: drawn together, else apart.
         names: of the scores.
         measure: what was done, for tables.
         resamples: of the bootstrap.
         seed: of the draws.
     """
-    scaled = [
-        each.double() / spreads[head].to(each.device).double()
-        for head, each in (("text", text), ("probe", probe))
-    ]
-    table = torch.stack(scaled)
+    if same_images:
+        _check_same(text, scores, measure)
+    table = torch.stack([text.double(), probe.double()])
     means, drawn = _bootstrap(table, resamples, seed, what=measure)
+    units, drawn_units = _draw_spreads(scores, resamples, seed if same_images else seed + 1)
+    means, drawn = means / units.to(means.device), drawn / drawn_units.to(drawn.device)
+    signs = means.sign()
+    excesses = drawn[1] * signs[1] - drawn[0] * signs[0]
+    over_all = _over_all_scores(means[1].abs() - means[0].abs(), excesses)
     effects: list[CueEffect] = []
     for number, name in enumerate(names):
         (of_text, of_probe), (texts, probes) = means[:, number], drawn[:, :, number]
         found = _interval(of_text, texts)
-        is_nothing = found.low <= 0 <= found.high
         ratio = amplification_ratio(of_probe, of_text), amplification_ratio(probes, texts)
-        excess = of_probe.abs() - of_text.abs(), probes.abs() - texts.abs()
+        excess = _interval(of_probe.abs() - of_text.abs(), excesses[:, number])
         effects.append(
             CueEffect(
                 measure=measure,
                 score=name,
                 text=found,
                 probe=_interval(of_probe, probes),
-                amplification=UNDEFINED if is_nothing else _interval(*ratio),
-                excess=_interval(*excess),
+                amplification=UNDEFINED if found.low <= 0 <= found.high else _interval(*ratio),
+                excess=excess,
+                excess_all=over_all[number] if len(names) > 1 else excess,
                 n=len(text),
             )
         )
     return effects
+
+
+def _check_same(
+    effects: Float[Tensor, "n score"], scores: Mapping[str, Float[Tensor, "image score"]], what: str
+) -> None:
+    n_images = {head: len(scores[head]) for head in HEADS}
+    if set(n_images.values()) != {len(effects)}:
+        raise DataError(f"{what}: {len(effects)} effects, but scores of {n_images} images")
+
+
+def _draw_spreads(
+    scores: Mapping[str, Float[Tensor, "image score"]], resamples: int, seed: int
+) -> tuple[Float64[Tensor, "two score"], Float64[Tensor, "two resample score"]]:
+    """Standard deviations over the images, and over each draw of them, the same for both heads."""
+    units, drawn = [], []
+    for head in HEADS:
+        unit = _spread(head, scores[head])
+        centred = scores[head].double() - scores[head].double().mean(dim=0)
+        generator = torch.Generator(centred.device).manual_seed(seed)
+        moments = torch.cat([centred, centred.square()], dim=1)
+        mean, square = resampled_means(moments, resamples=resamples, generator=generator).chunk(
+            2, dim=1
+        )
+        least = (_LEAST_SPREAD * unit).square()
+        drawn.append(torch.maximum(square - mean.square(), least).sqrt())
+        units.append(unit)
+    return torch.stack(units), torch.stack(drawn)
+
+
+def _over_all_scores(
+    points: Float64[Tensor, " score"], drawn: Float64[Tensor, "resample score"]
+) -> list[Interval]:
+    """Intervals that hold the numbers of all scores at once in 95 % of the cases."""
+    errors = drawn.std(dim=0, correction=0)
+    distances = (drawn - points).abs() / errors.clamp(min=torch.finfo(errors.dtype).tiny)
+    reach = torch.quantile(distances.amax(dim=1), 0.95) * errors
+    return [
+        Interval(mean, mean - half, mean + half)
+        for mean, half in zip(points.tolist(), reach.tolist(), strict=True)
+    ]
 
 
 def measure_shares(
@@ -129,7 +186,7 @@ def measure_shares(
 ) -> list[CueShare]:
     """Which share of the attribution of each score falls on the cue's latents."""
     shares: dict[str, list[Interval]] = {}
-    for head in ("text", "probe"):
+    for head in HEADS:
         table = torch.stack([result.cue_attribution[head, cue], result.total_attribution[head]])
         (cues, totals), drawn = _bootstrap(table, resamples, seed, what=f"share of {cue}")
         shares[head] = [

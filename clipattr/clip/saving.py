@@ -24,7 +24,7 @@ def save_clip(clip: Clip, pretrained: str | None, folder: Path) -> None:
         folder: is replaced.
     """
     resolved = resolve_name(clip.name, pretrained)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     # Copies: a file of safetensors has no two names for one tensor, which some text towers have.

@@ -77,6 +77,10 @@ class FinetuneTask:
                 f"model.precision={self.model.precision.name}: weights learn in fp32, because a "
                 "small step is lost in fewer bits; trainer.precision=bf16 makes the steps fast"
             )
+        if self.held_out is not None and self.held_out == self.data.shards:
+            raise ConfigError(
+                f"held_out={self.held_out!r}: are the images of the training; name others"
+            )
         is_balanced = self.finetune.class_weight is ClassWeight.balanced
         if is_balanced and self.data.mode is not Mode.indexed:
             raise ConfigError(

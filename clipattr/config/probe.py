@@ -90,7 +90,7 @@ class ProbeConfig:
     init: Init = Init.zero
     """where sgd starts: zero, or text, the head of the prompts of the classes"""
     prompts: list[str] = field(default_factory=list)
-    """words for the prompts, in the order of the classes; empty: the class names"""
+    """prompts in the order of the classes, without templates; empty: the class names in them"""
     templates: str = "simple"
     """imagenet_80, imagenet_7, simple, none, a text file (one a line), or one such as 'a {}'"""
     wise_ft: list[float] = field(default_factory=list)
@@ -141,6 +141,11 @@ class ProbeConfig:
         return Criterion.worst_group if is_for_groups else Criterion.accuracy
 
     @property
+    def needs_text(self) -> bool:
+        """Whether the prompts of the classes are read."""
+        return self.init is Init.text or bool(self.wise_ft)
+
+    @property
     def needs_choice(self) -> bool:
         """Whether there are several to choose from."""
         n_fits = len(self.C) if self.solver is Solver.lbfgs else len(self.grid)
@@ -184,6 +189,14 @@ class ProbeConfig:
                 f"probe.classes={self.classes}: of the {len(self.labels)} labels of probe.label "
                 "each needs a name, or none"
             )
+        if len(set(self.class_names)) < len(self.class_names):
+            raise ConfigError(f"probe.classes={self.class_names}: name each class once")
+        numbers = [(n, one) for n, one in enumerate(self.classes) if one.isdecimal()]
+        if not self.is_multilabel and any(int(one) != n for n, one in numbers):
+            raise ConfigError(
+                f"probe.classes={self.classes}: a label that is a number counts the classes from "
+                "0, so that a name that is one must stand at its own place"
+            )
         if self.is_multilabel and "cls" in self.labels:
             raise ConfigError(f"probe.label={self.label}: several labels are fields, json:<key>")
 
@@ -199,6 +212,10 @@ class ProbeConfig:
                 f"probe.features={format_value(self.features)}: an attention head reads the tokens "
                 "of a site and nothing else, probe.features='[site]'"
             )
+        for name, kind in (("hidden", HeadKind.mlp), ("n_heads", HeadKind.attention)):
+            value = getattr(self, name)
+            if self.head is not kind and value != getattr(ProbeConfig, name):
+                raise ConfigError(f"probe.{name}={value} does nothing without head={kind.name}")
         if is_sparse and self.standardise:
             raise ConfigError("probe.standardise=true: codes that are shifted are not sparse")
         if not is_sparse and self.pool is not ProbeConfig.pool:
@@ -250,7 +267,12 @@ class ProbeConfig:
             raise ConfigError(f"{name}: balances groups, so that probe.class_weight must be none")
 
     def _check_text(self) -> None:
-        if self.init is Init.zero and not self.wise_ft:
+        if not self.needs_text:
+            if self.prompts or self.templates != ProbeConfig.templates:
+                raise ConfigError(
+                    f"probe.prompts={self.prompts} probe.templates={self.templates!r}: do nothing "
+                    "without probe.init=text or probe.wise_ft"
+                )
             return
         name = "probe.init=text" if self.init is Init.text else "probe.wise_ft"
         is_embedding = self.features == [Feature.embedding] and self.head is HeadKind.linear

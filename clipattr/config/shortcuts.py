@@ -48,6 +48,8 @@ class CueConfig:
     """words for it: 'a photo with a ruler'; its direction in the embedding is taken out"""
     latents: list[int] = dataclasses.field(default_factory=list)
     """latents that stand for it; none: those that tell images with it from the others"""
+    words: str | None = None
+    """words whose latents stand for it: those of the atlas that the job find lists first"""
     overlay: OverlayKind | None = None
     """pasted: sticker, ruler, ink, watermark, frame or text; the same for a sample key for ever"""
     text: str = "SAMPLE"
@@ -65,7 +67,9 @@ class CueConfig:
         known = {
             "metadata": self.field,
             "prompt": self.prompt,
-            "latents": self.latents,
+            # A job fills in the latents that the words of a cue stand for.
+            "latents": self.latents if self.words is None else [],
+            "words": self.words,
             "overlay": self.overlay,
             "region": self.region,
             "pairs": self.pair,
@@ -79,7 +83,7 @@ class CueConfig:
         if not self.kinds:
             raise ConfigError(
                 f"{place} ({self.name}): says nowhere how the cue is known. Give it a field, "
-                f"a prompt, latents, an overlay, a region or a pair: {_EXAMPLE}"
+                f"a prompt, latents, words, an overlay, a region or a pair: {_EXAMPLE}"
             )
         shown = [kind for kind in self.kinds if kind in ("overlay", "region", "pairs")]
         if len(shown) > 1:
@@ -87,8 +91,20 @@ class CueConfig:
                 f"{place} ({self.name}): has {' and '.join(shown)}; pairs of a cue are made in one "
                 "way. Make two cues of it"
             )
+        self._check_words(place)
         if len(set(self.latents)) < len(self.latents) or min(self.latents, default=0) < 0:
             raise ConfigError(f"{place}.latents={self.latents}: each at most once, numbered from 0")
+
+    def _check_words(self, place: str) -> None:
+        if self.words is None:
+            return
+        if not self.words.strip():
+            raise ConfigError(f"{place}.words={self.words!r}: empty text has no latents")
+        if self.latents:
+            raise ConfigError(
+                f"{place} ({self.name}): has latents={self.latents} and words={self.words!r}, "
+                "which stand for latents too. Keep one of the two, or make two cues of it"
+            )
 
 
 @dataclass
@@ -147,7 +163,15 @@ class ShortcutsConfig:
     level: float = 0.05
     """share of the significant latents that chance may find"""
     cue_auroc: float = 0.8
-    """how well a latent must tell images with a cue from the others to stand for it"""
+    """how well a latent must tell images with a cue from others of their label to stand for it"""
+    latents_of_words: int = 3
+    """latents of the atlas that stand for the `words` of a cue, at most"""
+    unexpected: int = 0
+    """latents on which the atlas found a class of the probe to rely unexpectedly: each is a cue"""
+    placebos: int = 30
+    """draws of other latents beside those of a cue, each a pass of the suffix; 0: none"""
+    shuffled: int = 100
+    """probes of shuffled labels, beside which every effect is put"""
     resamples: int = 1000
     """bootstrap resamples of every interval"""
     shown: int = 6
@@ -158,7 +182,8 @@ class ShortcutsConfig:
     def check(self) -> None:
         """Raise ConfigError when a value cannot work."""
         check_positive(self, "shortcuts", "confirmed", "resamples", "thumbnail")
-        check_not_negative(self, "shortcuts", "shown")
+        check_positive(self, "shortcuts", "latents_of_words", "shuffled")
+        check_not_negative(self, "shortcuts", "shown", "unexpected", "placebos")
         if not 0.0 < self.level < 1.0:
             raise ConfigError(f"shortcuts.level={self.level}: must lie between 0 and 1")
         if not 0.5 < self.cue_auroc <= 1.0:
@@ -178,6 +203,8 @@ class ShortcutsQuestion:
     """folder with a linear probe of the embedding: probe.safetensors and probe.json"""
     sae: str | None = None
     """folder with sae.safetensors and sae.json; none: nothing is said of latents"""
+    atlas: str | None = None
+    """folder of an atlas of the same SAE: labels of latents, cues by words and unexpected ones"""
     prompts: list[str] = dataclasses.field(default_factory=list)
     """what the probe is compared with, one per class in its order; none: its class names"""
     templates: str = "simple"
@@ -199,6 +226,24 @@ class ShortcutsQuestion:
         for number, cue in enumerate(self.cues):
             cue.check(f"cues[{number}]")
         self._check_cues()
+        self._check_atlas()
+
+    def _check_atlas(self) -> None:
+        if self.atlas is not None:
+            if self.sae is None:
+                raise ConfigError(
+                    f"atlas={self.atlas}, and sae=null: an atlas describes the latents of an SAE; "
+                    "name the one that it was made of"
+                )
+            return
+        wanted = [f"cues: {cue.name} has words={cue.words!r}" for cue in self.cues if cue.words]
+        if self.shortcuts.unexpected:
+            wanted.append(f"shortcuts.unexpected={self.shortcuts.unexpected}")
+        if wanted:
+            raise ConfigError(
+                f"{wanted[0]}, and atlas=null: latents are found in an atlas. Name the folder of "
+                "one; configs/evaluate/atlas.yaml says how it is made"
+            )
 
     def _check_cues(self) -> None:
         repeated = [name for name, n in Counter(cue.name for cue in self.cues).items() if n > 1]

@@ -11,13 +11,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipattr.atomic import write_bytes, write_text
-from clipattr.clip import Clip, load_clip, text_head
 from clipattr.clip.templates import SLOT, load_templates
 from clipattr.config.schema import Find
 from clipattr.data.pixels import Pixels
-from clipattr.errors import CheckpointError, ConfigError, DataError
+from clipattr.errors import ConfigError, DataError
+from clipattr.jobs.atlas_words import embed_words, load_scorer
 from clipattr.jobs.image_file import decode_image_file, read_image_file
-from clipattr.jobs.model import choose_device
 from clipattr.jobs.start import Plan, describe_files
 from clipattr.report.search import FoundAnswer, FoundLatent, search_table
 from clipattr.report.search_picture import search_png
@@ -121,7 +120,7 @@ def _ask_latent(latent: int, folder: str, atlas: Atlas) -> Question:
 
 def _ask_image(path: str, config: Find, atlas: Atlas) -> Question:
     content = read_image_file(path)
-    scorer = _load_scorer(config, atlas)
+    scorer = load_scorer(config.atlas, atlas, config.trainer.accelerator)
     pixels = Pixels(scorer.preprocess)
     picture = decode_image_file(pixels, content, path)
     image = pixels.normalise(picture.to(scorer.device))
@@ -135,21 +134,24 @@ def _ask_image(path: str, config: Find, atlas: Atlas) -> Question:
 
 
 def _ask_words(config: Find, atlas: Atlas) -> list[Question]:
-    """Compared with the vocabulary in the same prompts, which the atlas left in the cache."""
     given = config.templates
     templates = tuple(atlas.origin.templates) if given is None else load_templates(given)
-    scorer = _load_scorer(config, atlas)
-    cache, progress = Path(config.cache) / "text", config.trainer.progress
-    vocabulary = text_head(
-        scorer, atlas.origin.words, templates=templates, cache=cache, progress=progress
+    words = embed_words(
+        load_scorer(config.atlas, atlas, config.trainer.accelerator),
+        atlas,
+        config.queries,
+        templates=templates,
+        cache=Path(config.cache) / "text",
+        progress=config.trainer.progress,
     )
-    rows = text_head(scorer, config.queries, templates=templates).weights.cpu()
-    reference = vocabulary.weights.mean(dim=0).cpu()
     return [
         Question(
-            _quote(text, templates), {"query": text, "templates": list(templates)}, row, reference
+            _quote(text, templates),
+            {"query": text, "templates": list(templates)},
+            row,
+            words.reference,
         )
-        for text, row in zip(config.queries, rows, strict=True)
+        for text, row in zip(config.queries, words.rows, strict=True)
     ]
 
 
@@ -158,28 +160,6 @@ def _quote(text: str, templates: tuple[str, ...]) -> str:
     if len(templates) == 1:
         return f'"{templates[0].replace(SLOT, text)}"'
     return f'"{text}" in {len(templates)} prompts'
-
-
-def _load_scorer(config: Find, atlas: Atlas) -> Clip:
-    """The one by which the atlas was made, and no other: embeddings of two have nothing in common.
-
-    Raises:
-        CheckpointError: when its name stands for other weights by now.
-    """
-    wanted = atlas.origin.scorer
-    scorer = load_clip(
-        str(wanted["name"]),
-        pretrained=wanted["pretrained"],
-        precision=str(wanted["precision"]),
-        device=choose_device(config.trainer.accelerator),
-    )
-    if scorer.weights_sha256 != wanted["weights_sha256"]:
-        raise CheckpointError(
-            f"{config.atlas}/{STEM}.json: the scorer {wanted['name']} ({wanted['precision']}) had "
-            f"the weights {wanted['weights_sha256']}, and has {scorer.weights_sha256} now; bring "
-            "the weights back, or make the atlas again"
-        )
-    return scorer
 
 
 def _answer(

@@ -16,17 +16,24 @@ from torch.nn.functional import normalize
 from clipattr.clip import Clip, load_clip
 from clipattr.clip.names import LOCAL_DIR
 from clipattr.clip.saving import save_clip
-from clipattr.config.choices import ClassWeight, Init
+from clipattr.config.choices import ClassWeight, Init, Mode
 from clipattr.config.schema import Finetune
 from clipattr.data import load_features
 from clipattr.data.pixels import Pixels
 from clipattr.data.shards import number_of_class
 from clipattr.errors import ConfigError, DataError
+from clipattr.jobs.apart import check_apart, check_shards
 from clipattr.jobs.class_head import Classes, load_classes, needed_fields
 from clipattr.jobs.images import TrainingImages, open_training_images
 from clipattr.jobs.model import choose_device, load_model, read_embeddings
-from clipattr.jobs.shards import Images, find_images
-from clipattr.jobs.start import Plan, describe_files, describe_model, describe_shards
+from clipattr.jobs.shards import Images, find_images, locate_shards
+from clipattr.jobs.start import (
+    Plan,
+    check_not_inside,
+    describe_files,
+    describe_model,
+    describe_shards,
+)
 from clipattr.metrics.quality import measure_quality
 from clipattr.probes.files import ProbeRecord, load_probe, save_probe
 from clipattr.probes.linear import LinearProbe
@@ -45,6 +52,8 @@ MEASURED = ("accuracy", "balanced_accuracy", "auroc", "ece")
 def finetune(config: Finetune, command: list[str]) -> None:
     """Train; save `<run>/model`, which `local-dir:` loads, and the probe on its embedding."""
     settings = config.finetune
+    if settings.start is not None:
+        check_not_inside(config, "finetune.start", settings.start)
     classes = load_classes(settings)
     plan = Plan(config, command, _describe(config, classes), OUTPUTS)
     if plan.is_finished():
@@ -65,10 +74,17 @@ def finetune(config: Finetune, command: list[str]) -> None:
         class_weight=class_weight,
     )
     images = _open_images(config, classes, clip)
+    if held_out is not None:
+        _check_apart(config, held_out[0])
     run = plan.open()
     trainer = build_trainer(config.trainer, run.path, callbacks=[images.limit])
     fit(trainer, module, images.data, run.path)
     if trainer.is_global_zero:
+        if not module.is_finite():
+            raise ConfigError(
+                "the model is not finite: the training diverged, choose a smaller finetune.lr or "
+                "finetune.head_lr"
+            )
         module.move_back(settings.wise_ft)
         quality = _save(config, classes, clip, module.probe, images, run, held_out)
         run.update_manifest(data=images.fingerprint)
@@ -170,6 +186,18 @@ def _find_held_out(config: Finetune, classes: Classes) -> tuple[Images, Tensor] 
     return images, classes.read_labels(images.usable, label)
 
 
+def _check_apart(config: Finetune, held_out: Images) -> None:
+    """Streamed shards are not indexed: of them the names alone are compared."""
+    where = f"data.shards={config.data.shards} and held_out={config.held_out}"
+    rule = "quality is measured on images that the training has not seen"
+    if config.data.mode is not Mode.indexed:
+        check_shards(locate_shards(config.data.shards, config.data), held_out.usable, where, rule)
+        return
+    needed, progress = needed_fields(config.finetune.label), config.trainer.progress
+    training = find_images(config.data.shards, config.data, needed, progress=progress)
+    check_apart(training.usable, held_out.usable, where, rule)
+
+
 def _save(
     config: Finetune,
     classes: Classes,
@@ -190,6 +218,7 @@ def _save(
         label_field=config.finetune.label,
         data_fingerprint=images.fingerprint or "streamed",
         metrics={name: value for name, value in quality.items() if math.isfinite(value)},
+        preprocess=Pixels(saved.preprocess, config.data.decode.name).fingerprint,
     )
     save_probe(probe, run.path, record)
     return quality
@@ -204,7 +233,7 @@ def _measure(
     images.add_bad(store.bad, config.data.max_bad_fraction)
     features = load_features(store)
     logits = probe.cpu()(normalize(features.x.cpu().float(), dim=-1))
-    found = measure_quality(logits.softmax(dim=1), labels[features.images])._asdict()
+    found = measure_quality(logits, labels[features.images])._asdict()
     quality = {name: found[name] for name in MEASURED}
     words = ", ".join(f"{name} {value:.3f}" for name, value in quality.items())
     logger.info("held out: %d images, %s", len(features.images), words)

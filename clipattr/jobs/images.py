@@ -13,6 +13,7 @@ from clipattr.data.image_stream import ImageStream
 from clipattr.data.images import ImageBatch
 from clipattr.data.pixels import Pixels
 from clipattr.data.streaming import StreamedImages
+from clipattr.errors import ConfigError
 from clipattr.jobs.shards import count_workers, find_images, locate_shards
 from clipattr.training.bad_samples import BadSampleLimit
 from clipattr.training.images import ImageDataModule
@@ -58,6 +59,7 @@ def open_training_images(
     if settings.mode is Mode.indexed:
         index, bad = find_images(settings.shards, settings, needed, progress=progress)
         n_images, fingerprint = len(index), index.fingerprint
+        _check_batch(settings, n_images)
         stream = partial(ImageStream, index, window=settings.shuffle)
     else:
         shards = locate_shards(settings.shards, settings)
@@ -87,3 +89,11 @@ def open_training_images(
         batch_size=settings.batch_size,
     )
     return TrainingImages(data, limit, n_images, fingerprint)
+
+
+def _check_batch(settings: TrainingImagesConfig, n_images: int) -> None:
+    if n_images < settings.batch_size:
+        raise ConfigError(
+            f"data.batch_size={settings.batch_size}: data.shards={settings.shards} has {n_images} "
+            "usable images; choose a smaller batch"
+        )

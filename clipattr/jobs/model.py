@@ -14,9 +14,13 @@ from clipattr.config.inputs import ModelConfig, ReadConfig, SiteConfig, check_ta
 from clipattr.data import ActivationStore, Ranks, ShardIndex, cache_activations
 from clipattr.data.features import Encode, SiteRows
 from clipattr.data.pixels import Pixels
+from clipattr.data.store import hash_json
 from clipattr.errors import ConfigError
 from clipattr.jobs.shards import count_workers
 from clipattr.training.trainer import choose_accelerator
+
+# What the cache calls an embedding.
+_EMBEDDING = {"stream": "embedding"}
 
 
 class SiteTokens(NamedTuple):
@@ -151,7 +155,7 @@ def read_sites(
     of its block or of one in front of it is read as well, because heads are computed apart.
     """
     rows = {
-        name: SiteRows(_made_from(clip, cut.site.to_json()), cut.d_site, tokens, drawn)
+        name: SiteRows(_made_from(clip, _describe(cut.site)), cut.d_site, tokens, drawn)
         for name, (cut, tokens, drawn) in encode.sites.items()
     }
     return _cache(clip, encode, rows, index, data, ranks=ranks, progress=progress)
@@ -170,8 +174,20 @@ def read_embeddings(
     def encode(images: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
         return {name: clip.encode_image(images) for name in names}
 
-    rows = {"x": SiteRows(_made_from(clip, {"stream": "embedding"}), clip.d_embed)}
+    rows = {"x": SiteRows(_made_from(clip, _EMBEDDING), clip.d_embed)}
     return _cache(clip, encode, rows, index, data, ranks=ranks, progress=progress)["x"]
+
+
+def embeddings_fingerprint(clip: Clip, index: ShardIndex, data: ReadConfig) -> str:
+    """What a probe of the embeddings of these images says of its data; none is read."""
+    pixels = Pixels(clip.preprocess, data.decode.name).fingerprint
+    made = _made_from(clip, _EMBEDDING)
+    return hash_json({**made, "preprocess": pixels, "images": index.fingerprint})
+
+
+def _describe(site: Site) -> Mapping[str, str | int]:
+    """Embeddings have one name, whether a tower was cut for them or not."""
+    return _EMBEDDING if site.stream == "embedding" else site.to_json()
 
 
 def _made_from(clip: Clip, site: Mapping[str, str | int]) -> dict[str, object]:

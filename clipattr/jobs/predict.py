@@ -13,7 +13,7 @@ from clipattr.config.schema import Predict
 from clipattr.jobs.model import load_model
 from clipattr.jobs.pictures import Pictures, find_pictures
 from clipattr.jobs.predict_images import Predictions, predict_images
-from clipattr.jobs.start import Plan, describe_files, describe_model
+from clipattr.jobs.start import Plan, check_not_inside, describe_files, describe_model
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,9 @@ TABLE = "predictions.csv"
 
 def predict(config: Predict, command: list[str]) -> None:
     """Write predictions.csv of the run, and bad_samples.jsonl if a file is broken."""
+    check_not_inside(config, "probe", config.probe)
+    if config.sae is not None:
+        check_not_inside(config, "sae", config.sae)
     pictures = find_pictures(config.images)
     plan = Plan(config, command, _describe_inputs(config, pictures), (TABLE,))
     if plan.is_finished():
@@ -94,6 +97,8 @@ def _describe_inputs(config: Predict, pictures: Pictures) -> dict[str, object]:
     listing = hashlib.sha256(pictures.root.encode(errors="surrogateescape"))
     for file in pictures.files:
         listing.update(repr(file).encode())
+    for one in pictures.bad:
+        listing.update(repr(one).encode(errors="surrogateescape"))
     stems = [Path(config.probe) / "probe", Path(config.probe) / "suppression"]
     stems += [] if config.sae is None else [Path(config.sae) / "sae"]
     files = [stem.with_suffix(end) for stem in stems for end in (".json", ".safetensors")]

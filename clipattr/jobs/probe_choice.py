@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clipattr.codes import SparseCodes
+from clipattr.errors import ConfigError, DataError
 from clipattr.jobs.probe_features import Features
 from clipattr.jobs.probe_sets import ProbeRows
 from clipattr.metrics.quality import Quality, measure_quality
@@ -87,6 +88,18 @@ def logits_of(head: Head, x: Features) -> Float[Tensor, "image class"]:
     return torch.cat(parts)
 
 
+def check_finite(head: Head, rows: ProbeRows, advice: str) -> None:
+    """Raise ConfigError for a head that gives a row no number, where its features are numbers."""
+    x = rows.x.values if isinstance(rows.x, SparseCodes) else rows.x
+    if not bool(x.isfinite().all()):
+        raise DataError(
+            "features of the training images are not finite; use model.precision=fp32 or bf16"
+        )
+    is_finite = all(bool(each.isfinite().all()) for each in head.parameters())
+    if not is_finite or not bool(logits_of(head, rows.x).isfinite().all()):
+        raise ConfigError(f"the head is not finite: {advice}")
+
+
 def score_head(logits: Float[Tensor, "image class"], rows: ProbeRows, criterion: str) -> float:
     """What is chosen by; a head that is not finite is wrong everywhere."""
     is_finite = logits.isfinite().all(dim=1)
@@ -107,14 +120,11 @@ def describe_quality(head: Head, rows: ProbeRows, classes: Sequence[str]) -> dic
     """Every number of metrics.json about these rows; of several labels each by itself."""
     logits = logits_of(head, rows.x).double()
     if not rows.targets.is_floating_point():
-        quality = measure_quality(
-            logits.softmax(dim=1), rows.targets, has_cue=rows.has_cue, known=rows.known
-        )
+        quality = measure_quality(logits, rows.targets, has_cue=rows.has_cue, known=rows.known)
         return _to_json(quality, classes)
-    p = logits.sigmoid()
     each = [
-        measure_quality(torch.stack([1 - column, column], dim=1), wanted)
-        for column, wanted in zip(p.unbind(1), rows.targets.long().unbind(1), strict=True)
+        measure_quality(torch.stack([torch.zeros_like(column), column], dim=1), wanted)
+        for column, wanted in zip(logits.unbind(1), rows.targets.long().unbind(1), strict=True)
     ]
     names = ("accuracy", "balanced_accuracy", "auroc", "ece")
     means = {name: sum(getattr(one, name) for one in each) / len(each) for name in names}

@@ -62,6 +62,7 @@ def fit_method(
         criterion=settings.chosen_by.name,
         standardise=settings.standardise,
         seed=seed,
+        n_groups=2 * len(settings.classes),
     )
     path = [
         {

@@ -136,12 +136,16 @@ class FeatureReader:
                 raw[name] = raw[name].take_along_dim(tokens[:, :, None], dim=1)
         return self._assemble(raw)
 
+    def cut_sites(self) -> dict[str, SiteTokens]:
+        """Where a tower is cut for it, by name."""
+        tower = image_tower(self.clip.model)
+        return {_name_of(part): _find(tower, part) for part in self.spec.parts}
+
     def _find_sites(self) -> dict[str, SiteTokens]:
         """Sites by name; none where it is the embedding alone, which any model has."""
         if all(isinstance(part, EmbeddingPart) for part in self.spec.parts):
             return {}
-        tower = image_tower(self.clip.model)
-        return {_name_of(part): _find(tower, part) for part in self.spec.parts}
+        return self.cut_sites()
 
     def _width_of(self, part: Part) -> int:
         match part:
@@ -180,6 +184,14 @@ class FeatureReader:
         # A slot that is silent has no meaning; its index must not be one of a later part.
         indices = pooled.indices.where(pooled.is_active, 0)
         return SparseCodes(indices.cpu(), pooled.values.float().cpu(), pooled.n_latents)
+
+
+def fill_cache(
+    readers: Sequence[FeatureReader], images: Images, data: ReadConfig, *, progress: bool
+) -> None:
+    """CLIP runs once per image for all that several readers of one model will read."""
+    sites = {name: site for reader in readers for name, site in reader.cut_sites().items()}
+    read_sites(readers[0].clip, SiteEncoder(sites), images.usable, data, progress=progress)
 
 
 def open_reader(feature: str, clip: Clip, sae: str | None = None) -> FeatureReader:

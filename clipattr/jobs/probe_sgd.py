@@ -13,10 +13,11 @@ from clipattr.config.probe import HeadKind
 from clipattr.config.schema import TrainProbe
 from clipattr.data import ActivationStore, Ranks
 from clipattr.data.store import hash_json
+from clipattr.errors import ConfigError
 from clipattr.jobs.probe_choice import Candidate
 from clipattr.jobs.probe_convex import balance_classes
-from clipattr.jobs.probe_features import FeatureReader, Features
-from clipattr.jobs.probe_sets import ProbeSet
+from clipattr.jobs.probe_features import FeatureReader, FeatureRows, Features
+from clipattr.jobs.probe_sets import ProbeRows, ProbeSet
 from clipattr.probes.features import EmbeddingPart
 from clipattr.probes.files import Head
 from clipattr.probes.heads import AttentionProbe, MlpProbe, absorb
@@ -36,15 +37,24 @@ def fit_sgd(
     config: TrainProbe,
     reader: FeatureReader,
     labelled: ProbeSet,
-    start: LinearProbe | None,
+    heads: list[Head],
+    read: ProbeRows | None,
     folder: Path,
 ) -> list[Candidate] | None:
-    """The trained heads, the grid in its order; None in all processes but the first."""
+    """The trained heads, the grid in its order; None in all processes but the first.
+
+    Args:
+        config: of the job.
+        reader: of the features.
+        labelled: the images.
+        heads: where the points of the grid start, as `build_heads` makes them.
+        read: the rows, where one process has read them.
+        folder: of the run.
+    """
     settings = config.probe
     points = [GridPoint(*one) for one in settings.grid]
-    heads = [_build(config, reader.width, start) for _ in points]
     module = _module(config, heads, points, labelled)
-    rows = _MemoryRows(config, reader, labelled)
+    rows = _MemoryRows(config, reader, labelled, read)
     is_stored = len(reader.spec.parts) == 1 and not settings.standardise
     is_stored &= isinstance(reader.spec.parts[0], EmbeddingPart)
     data = _stored(config, reader, labelled) if is_stored else rows.serve()
@@ -56,6 +66,20 @@ def fit_sgd(
         Candidate(rows.absorb(head.cpu()), {"lr": point.lr, "weight_decay": point.weight_decay}, {})
         for head, point in zip(heads, points, strict=True)
     ]
+
+
+def build_heads(config: TrainProbe, width: int, start: LinearProbe | None) -> list[Head]:
+    """One for each point of the grid."""
+    return [_build(config, width, start) for _ in config.probe.grid]
+
+
+def check_batch(config: TrainProbe, n_rows: int) -> None:
+    """Raise ConfigError where a step wants more rows than there are."""
+    if n_rows < config.probe.batch_size:
+        raise ConfigError(
+            f"probe.batch_size={config.probe.batch_size}: data.shards={config.data.shards} has "
+            f"{n_rows} usable images; choose a smaller batch"
+        )
 
 
 def _build(config: TrainProbe, width: int, start: LinearProbe | None) -> Head:
@@ -127,8 +151,14 @@ def _with_targets(
 class _MemoryRows:
     """Features that are put together of several stores, or of tokens, are held in memory."""
 
-    def __init__(self, config: TrainProbe, reader: FeatureReader, labelled: ProbeSet) -> None:
-        self.config, self.reader, self.labelled = config, reader, labelled
+    def __init__(
+        self,
+        config: TrainProbe,
+        reader: FeatureReader,
+        labelled: ProbeSet,
+        read: ProbeRows | None,
+    ) -> None:
+        self.config, self.reader, self.labelled, self.read = config, reader, labelled, read
         self._moments: tuple[Tensor, Tensor] | None = None
 
     def serve(self) -> MemoryDataModule:
@@ -150,15 +180,20 @@ class _MemoryRows:
         return absorb(head, *self._moments)  # pyright: ignore[reportArgumentType]  one of its kinds
 
     def _load(self, ranks: Ranks) -> tuple[Tensor, ...]:
-        images, data = self.labelled.images, self.config.data
-        progress = self.config.trainer.progress
-        found = self.reader.of_shards(images, data, ranks=ranks, progress=progress)
+        found = self._read(ranks)
         targets = self.labelled.targets[found.images]
         if isinstance(found.x, SparseCodes):
             return found.x.indices, found.x.values, targets
         if self.config.probe.standardise:
             self._moments = measure_standard(found.x)
         return found.x, targets
+
+    def _read(self, ranks: Ranks) -> FeatureRows:
+        if self.read is not None:
+            return self.read.found
+        images, data = self.labelled.images, self.config.data
+        progress = self.config.trainer.progress
+        return self.reader.of_shards(images, data, ranks=ranks, progress=progress)
 
     def _finish(self, *columns: Tensor) -> tuple[Features, Tensor]:
         *x, targets = columns

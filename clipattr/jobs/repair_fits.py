@@ -1,4 +1,9 @@
-"""Probes learned again on the rows of a repair, C chosen on a part of them that no fit sees."""
+"""Probes learned again on the rows of a repair, C chosen on a part of them that no fit sees.
+
+Of all C within one binomial standard error of the best held-out score the one with the smallest
+held-out log loss is taken: the score counts right images and does not see that a strong penalty
+leaves every probability near one half.
+"""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -28,6 +33,8 @@ class RepairRows(NamedTuple):
     has_cue: Bool[Tensor, " image"]
     """without meaning where not `known`"""
     known: Bool[Tensor, " image"]
+    sources: Int[Tensor, " image"]
+    """the picture that each is, or is made of: what is made of one is held out with it"""
 
 
 class Fit(NamedTuple):
@@ -59,6 +66,7 @@ def fit_cleaned(rows: RepairRows, fit: Fit) -> LinearProbe:
         validation=validation,
         criterion="worst_group" if has_groups else "accuracy",
         seed=fit.seed,
+        by_loss=True,
     ).probe
 
 
@@ -76,10 +84,11 @@ def fit_by_groups(method: GroupMethod, rows: RepairRows, fit: Fit) -> LinearProb
         validation=_select(data, held_out),
         criterion="worst_group",
         seed=fit.seed,
+        by_loss=True,
     ).probe
 
 
-def small_groups(rows: RepairRows) -> str | None:
+def small_groups(rows: RepairRows, classes: Sequence[str]) -> str | None:
     """What stands in the way of a fit by groups, in words; None if nothing does."""
     if not bool(rows.known.any()):
         return "no learning image says whether it has the cue"
@@ -88,7 +97,7 @@ def small_groups(rows: RepairRows) -> str | None:
         if count < _FEWEST:
             side = "with" if group % 2 else "without"
             return (
-                f"class {group // 2} {side} the cue has {count} learning images, at least "
+                f"{classes[group // 2]!r} {side} the cue has {count} learning images, at least "
                 f"{_FEWEST} are needed"
             )
     return None
@@ -100,18 +109,23 @@ def groups_of(rows: RepairRows) -> Int[Tensor, " image"]:
 
 
 def hold_out(rows: RepairRows, seed: int) -> Bool[Tensor, " image"]:
-    """One row in five of each label with each state of the cue (with, without, unknown), drawn."""
+    """One picture in five of each label with each state of the cue (with, without, unknown), drawn.
+
+    A picture that stands there without the cue and with it counts as one with it.
+    """
+    _, source = rows.sources.unique(return_inverse=True)
+    n_pictures = int(source.max()) + 1
     state = torch.where(rows.known, rows.has_cue.long(), 2)
-    _, stratum, counts = (3 * rows.labels.long() + state).unique(
-        return_inverse=True, return_counts=True
-    )
-    drawn = torch.randperm(len(stratum), generator=torch.Generator().manual_seed(seed))
+    stratum = torch.zeros(n_pictures, dtype=torch.int64)
+    stratum.scatter_reduce_(0, source, 3 * rows.labels.long() + state, "amax")
+    _, stratum, counts = stratum.unique(return_inverse=True, return_counts=True)
+    drawn = torch.randperm(n_pictures, generator=torch.Generator().manual_seed(seed))
     order = drawn[stratum[drawn].argsort(stable=True)]
-    place = torch.arange(len(order)) - (counts.cumsum(0) - counts)[stratum[order]]
+    place = torch.arange(n_pictures) - (counts.cumsum(0) - counts)[stratum[order]]
     quota = torch.where(counts < _FEWEST, 0, (counts // _PER_CHOOSING_ROW).clamp(min=1))
-    chosen = torch.zeros_like(rows.known)
+    chosen = torch.zeros(n_pictures, dtype=torch.bool)
     chosen[order] = place < quota[stratum[order]]
-    return chosen
+    return chosen[source]
 
 
 def _select(rows: GroupRows, chosen: Bool[Tensor, " row"]) -> GroupRows:

@@ -1,7 +1,8 @@
 """Repair a linear probe that leans on a cue: fitted on learning rows, tried on others.
 
 Nothing about the evaluated rows enters a fit or a choice: C is chosen on a part of the learning
-rows that no fit sees.
+rows that no fit sees. What the caller brings is its own affair: latents of a cue that is shown in
+pairs are found from the two sides of the evaluated pairs, which need no label.
 """
 
 from collections.abc import Mapping, Sequence
@@ -84,6 +85,7 @@ def repair(
     *,
     methods: Sequence[Method],
     direction: Float[Tensor, " embed"] | None,
+    classes: Sequence[str],
     Cs: Sequence[float],
     seed: int,
 ) -> list[Repaired]:
@@ -98,12 +100,13 @@ def repair(
         evaluate: rows on which logits are computed, and nothing else.
         methods: some of METHODS.
         direction: what `project` erases; None: what the cue flags of `learn` say.
+        classes: names of the probe's classes, for messages.
         Cs: inverse strengths of the penalty, from which those that learn choose.
         seed: of what is held out and drawn.
     """
     learn, evaluate = _on_cpu(learn), _on_cpu(evaluate)
     for method in methods:
-        if found := obstacle(method, learn, direction=direction):
+        if found := obstacle(method, learn, direction=direction, classes=classes):
             raise DataError(f"repair {method}: {found}")
     fit = Fit(len(probe.bias), Cs, seed)
     task = _Task(probe, learn, evaluate, direction, fit)
@@ -111,7 +114,11 @@ def repair(
 
 
 def obstacle(
-    method: Method, learn: RepairRows, *, direction: Float[Tensor, " embed"] | None
+    method: Method,
+    learn: RepairRows,
+    *,
+    direction: Float[Tensor, " embed"] | None,
+    classes: Sequence[str],
 ) -> str | None:
     """Why a method cannot be used on these rows, in words for a warning; None if it can."""
     match method:
@@ -122,14 +129,14 @@ def obstacle(
                 return None
             return "no class has learning images with and without the cue, and no prompt names it"
         case "dfr" | "balanced" | "group_dro":
-            return small_groups(learn)
+            return small_groups(learn, classes)
 
 
 def trade_off(repaired: Repaired, evaluate: RepairRows) -> list[Quality]:
     """Quality at each strength: average against worst group."""
     return [
         measure_quality(
-            logits.softmax(dim=1),
+            logits,
             evaluate.labels,
             has_cue=evaluate.has_cue,
             known=evaluate.known,
@@ -230,6 +237,6 @@ def _has_both_sides(rows: RepairRows) -> bool:
 
 
 def _on_cpu(rows: RepairRows) -> RepairRows:
-    embeddings, cleaned, labels, has_cue, known = rows
+    embeddings, cleaned, *others = rows
     cleaned = None if cleaned is None else cleaned.cpu()
-    return RepairRows(embeddings.cpu(), cleaned, labels.cpu(), has_cue.cpu(), known.cpu())
+    return RepairRows(embeddings.cpu(), cleaned, *(each.cpu() for each in others))

@@ -1,12 +1,13 @@
 """Which cues a probe leans on, how much more than prompts do, who is harmed, and repairs."""
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from clipattr.clip import load_templates
 from clipattr.config.schema import Shortcuts
+from clipattr.data.store import hash_json
 from clipattr.jobs.shortcuts_amplified import (
     AmplifiedList,
     confirm,
@@ -14,8 +15,11 @@ from clipattr.jobs.shortcuts_amplified import (
     name_of,
     rank,
 )
+from clipattr.jobs.shortcuts_atlas import add_cues, atlas_files, name_latents
+from clipattr.jobs.shortcuts_controls import Controls, add_controls, make_controls
+from clipattr.jobs.shortcuts_cue_images import evaluated_images
 from clipattr.jobs.shortcuts_cues import KnownCue, find_cues
-from clipattr.jobs.shortcuts_effects import Passes, look, measure_cue
+from clipattr.jobs.shortcuts_effects import Passes, headline_score, look, measure_cue
 from clipattr.jobs.shortcuts_groups import measure_groups, measure_heads
 from clipattr.jobs.shortcuts_inputs import (
     TEXT,
@@ -24,14 +28,14 @@ from clipattr.jobs.shortcuts_inputs import (
     load_audited,
     read_images,
 )
+from clipattr.jobs.shortcuts_learned import Learned, read_learned
 from clipattr.jobs.shortcuts_pages import CueFindings, build_content
+from clipattr.jobs.shortcuts_pair_shards import read_pairs
 from clipattr.jobs.shortcuts_pairs import CuePairs, make_pairs
 from clipattr.jobs.shortcuts_removal import Removed, remove_each
 from clipattr.jobs.shortcuts_repairs import (
     FOLDER,
-    Learned,
     measure_reference,
-    read_learned,
     repair_cue,
     save_repairs,
 )
@@ -60,25 +64,29 @@ def shortcuts(config: Shortcuts, command: list[str]) -> None:
     if plan.is_finished():
         return
     audited = load_audited(config)
+    config, meanings = add_cues(config, audited)
     images = read_images(config, audited, config.data.shards, "data.shards")
     learned = read_learned(config, audited, images)
-    pairs = make_pairs(config, audited, images)
-    cues = find_cues(config, audited, images, pairs)
+    pairs = read_pairs(config, audited) | make_pairs(config, audited, images)
+    cues = find_cues(config, audited, images, None if learned is None else learned.images, pairs)
     # Those of an earlier config must not lie beside the new ones.
     run = plan._replace(outputs=(*made, AMPLIFIED, FOLDER)).open()
     passes = look(config, audited, images, cues)
     ranking = rank(config, passes) if _is_automatic(config) else None
-    removed = _remove(config, audited, images, passes, ranking)
+    controls = make_controls(config, audited, images, passes, learned, cues)
     findings = [
-        _measure(config, audited, images, passes, cue, pairs.get(cue.name), learned, removed)
+        _measure(config, audited, images, passes, cue, pairs.get(cue.name), learned, controls)
         for cue in cues
     ]
     amplified: AmplifiedList | None = None
     if ranking is not None:
+        removed = _remove(config, audited, images, ranking)
         amplified = confirm(config, audited, images, passes, ranking, removed, cues)
     content = build_content(config, audited, images, passes, findings, amplified)
-    for found in findings:
-        save_repairs(config, audited, run.path, found.cue, found.repairs)
+    content = name_latents(content, meanings)
+    if learned is not None:
+        for found in findings:
+            save_repairs(config, audited, learned, run.path, found.cue, found.repairs)
     bad = images.bad if learned is None else [*images.bad, *learned.images.bad]
     run.write_bad([one._asdict() for one in bad])
     run.update_manifest(data=images.samples.fingerprint)
@@ -109,7 +117,8 @@ def _describe_inputs(config: Shortcuts) -> dict[str, object]:
     }
     return {
         "model": describe_model(config.model),
-        "weights": describe_files(weights),
+        "templates": hash_json(load_templates(config.templates)),
+        "weights": describe_files([*weights, *atlas_files(config)]),
         **{
             setting: describe_shards(spec, setting)
             for setting, spec in shards.items()
@@ -122,15 +131,11 @@ def _remove(
     config: Shortcuts,
     audited: Audited,
     images: ImageSet,
-    passes: Passes,
-    ranking: Ranking | None,
+    ranking: Ranking,
 ) -> dict[str, Removed]:
-    """Without the placebos of cues, and without each latent that is to be confirmed."""
-    latents = {name: one for draws in passes.placebos.values() for name, one in draws.items()}
-    if ranking is not None:
-        latents |= {
-            name_of(one): torch.tensor([one]) for one in latents_to_confirm(config, ranking)
-        }
+    """Without each latent that is to be confirmed."""
+    confirmed = latents_to_confirm(config, ranking)
+    latents = {name_of(one): torch.tensor([one]) for one in confirmed}
     return remove_each(audited, images, latents)
 
 
@@ -142,15 +147,18 @@ def _measure(
     cue: KnownCue,
     pairs: CuePairs | None,
     learned: Learned | None,
-    removed: Mapping[str, Removed],
+    controls: Controls,
 ) -> CueFindings:
-    measured = measure_cue(config, audited, passes, cue, pairs, removed)
-    groups = measure_groups(config, audited, passes, cue)
-    quality = measure_heads(audited, passes, cue)
+    measured = measure_cue(config, audited, passes, cue, pairs)
+    measured = add_controls(config, audited, passes, cue, pairs, measured, controls)
+    shown = evaluated_images(images, passes, cue, pairs)
+    groups = measure_groups(config, audited, cue, shown)
+    quality = measure_heads(audited, passes, shown)
     repairs = []
     if learned is not None:
-        reference = measure_reference(audited, passes, cue, quality[TEXT])
+        reference = measure_reference(audited, shown, quality[TEXT].quality).worst_group
+        score = headline_score(measured.effects, audited.scores)
         repairs = repair_cue(
-            config, audited, images, passes, learned, cue, pairs, reference.worst_group
+            config, audited, images, passes, learned, cue, pairs, shown, reference, score
         )
     return CueFindings(cue, measured, groups, quality, pairs, repairs)

@@ -75,10 +75,11 @@ def confirm(
             (number, each) for number, each in enumerate(ranking.first, 1) if each.latent == latent
         )
         name = name_of(latent)
-        effects = removal_effects(config, audited, passes, [removed[name]], name)
+        chosen = slice(estimate.score, estimate.score + 1)
+        (effect,) = removal_effects(config, audited, passes, [removed[name]], name, chosen)
         share = int(sums.fired[latent]) / sums.n_images
         among = [cue.name for cue in cues if latent in cue.latents.tolist()]
-        found.append(Confirmed(place, estimate, effects[estimate.score], share, among, rows))
+        found.append(Confirmed(place, estimate, effect, share, among, rows))
     return AmplifiedList(ranking, found)
 
 

@@ -1,28 +1,31 @@
 """Cues of a config on images: which have them, which latents stand for them, their directions."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from clipattr.callbacks.base import Batch
 from clipattr.clip import embed_prompts
 from clipattr.config.schema import Shortcuts
 from clipattr.config.shortcuts import CueConfig
 from clipattr.errors import DataError
 from clipattr.jobs.shortcuts_inputs import Audited, ImageSet
 from clipattr.jobs.shortcuts_latents import (
+    FEWEST,
     Flags,
-    Separating,
     find_separating,
     read_activations_of,
+    stratify,
 )
-from clipattr.jobs.shortcuts_pairs import WITH, WITHOUT, CuePairs
+from clipattr.jobs.shortcuts_pairs import CuePairs, stack_sides
 from clipattr.shortcuts.cues import Cue, group_images, parse_rule, read_cue
-from clipattr.shortcuts.inferred import infer_cue
+from clipattr.shortcuts.inferred import InferredCue, infer_cue
+
+Source = Literal["metadata", "pairs", "latents"]
+"""what says which images have a cue, the first that does: a column, the pairs, or what fires"""
 
 
 class KnownCue(NamedTuple):
@@ -30,13 +33,15 @@ class KnownCue(NamedTuple):
 
     settings: CueConfig
     flags: Flags | None
-    """by image; None: nobody says"""
-    is_inferred: bool
-    """the flags are whether the latents fire, and not what somebody has written down"""
+    """by evaluated image, of metadata or latents"""
+    source: Source | None
+    """what says which images have it, of which groups are made; None: nothing does"""
     latents: Int[Tensor, " latent"]
     direction: Float[Tensor, " embed"] | None
     """unit; from the prompt"""
     warnings: list[str]
+    threshold: float | None = None
+    """of the activation of its latents, where these say which images have it"""
 
     @property
     def name(self) -> str:
@@ -45,26 +50,51 @@ class KnownCue(NamedTuple):
 
 
 def find_cues(
-    config: Shortcuts, audited: Audited, images: ImageSet, pairs: Mapping[str, CuePairs]
+    config: Shortcuts,
+    audited: Audited,
+    images: ImageSet,
+    learned: ImageSet | None,
+    pairs: Mapping[str, CuePairs],
 ) -> list[KnownCue]:
-    """Every cue of the config."""
+    """Every cue of the config on the evaluated images.
+
+    What has to be learned of a cue is learned from the images that repairs are learned from, where
+    there are any: its latents from flags, and how far these must fire.
+    """
     written = {
         cue.name: flags for cue in config.cues if (flags := read_flags(cue, images)) is not None
     }
-    found = _find_latents(config, audited, images, written, pairs)
+    found = _find_latents(config, audited, images, learned, pairs)
     cues: list[KnownCue] = []
     for cue in config.cues:
         latents, warnings = found[cue.name]
         direction = None if cue.prompt is None else _direction(audited, cue.prompt)
         warnings = [*pairs[cue.name].warnings, *warnings] if cue.name in pairs else warnings
-        known = KnownCue(cue, written.get(cue.name), False, latents, direction, warnings)
-        if known.flags is None and len(latents):
-            known = _infer(audited, images, known)
-        if known.flags is not None:
-            groups = group_images(images.labels, Cue(*known.flags), audited.classes, known.name)
-            known.warnings.extend(groups.warnings())
-        cues.append(known)
+        known = KnownCue(cue, written.get(cue.name), None, latents, direction, warnings)
+        cues.append(_add_source(audited, images, learned, known, pairs.get(cue.name)))
     return cues
+
+
+def _add_source(
+    audited: Audited,
+    images: ImageSet,
+    learned: ImageSet | None,
+    cue: KnownCue,
+    pairs: CuePairs | None,
+) -> KnownCue:
+    """What is written down comes first, then what was made; what fires is the last to ask."""
+    labels = images.labels
+    if cue.flags is not None:
+        cue, flags = cue._replace(source="metadata"), cue.flags
+    elif pairs is not None and pairs.labels is not None:
+        cue, flags, labels = cue._replace(source="pairs"), flag_sides(pairs), pairs.labels.repeat(2)
+    else:
+        cue = _infer(audited, images, learned, cue) if len(cue.latents) else cue
+        flags = cue.flags
+    if flags is not None:
+        groups = group_images(labels, Cue(*flags), audited.classes, cue.name)
+        cue.warnings.extend(groups.warnings())
+    return cue
 
 
 def read_flags(cue: CueConfig, images: ImageSet) -> Flags | None:
@@ -78,11 +108,13 @@ def _find_latents(
     config: Shortcuts,
     audited: Audited,
     images: ImageSet,
-    written: Mapping[str, Flags],
+    learned: ImageSet | None,
     pairs: Mapping[str, CuePairs],
 ) -> dict[str, tuple[Int[Tensor, " latent"], list[str]]]:
-    """Those given; else those that tell flagged images; else those that tell the pairs apart."""
-    none = torch.zeros(0, dtype=torch.int64)
+    """Those given; else those that tell flagged images; else those that tell the pairs apart.
+
+    Flags count within labels. The sides of pairs have the same labels, and need none.
+    """
     found = {
         cue.name: (torch.tensor(cue.latents, dtype=torch.int64), list[str]()) for cue in config.cues
     }
@@ -90,44 +122,64 @@ def _find_latents(
     if spliced is None:
         return found
     asked = [cue for cue in config.cues if not cue.latents]
-    flagged = {cue.name: written[cue.name] for cue in asked if _has_both(written.get(cue.name))}
+    where = images if learned is None else learned
+    flagged = {
+        cue.name: stratify(flags, where.labels)
+        for cue in asked
+        if (flags := read_flags(cue, where)) is not None
+    }
+    usable = {name: strata for name, strata in flagged.items() if len(strata.counts)}
     separating = (
-        find_separating(spliced, images.batches, flagged, at_least=at_least) if flagged else {}
+        find_separating(spliced, where.batches, usable, at_least=at_least) if usable else {}
     )
     for cue in asked:
         if cue.name not in separating and cue.name in pairs:
-            batches, flags = _stack(pairs[cue.name])
-            separating |= find_separating(spliced, batches, {cue.name: flags}, at_least=at_least)
+            strata = stratify(flag_sides(pairs[cue.name]), None)
+            if len(strata.counts):
+                batches = stack_sides(pairs[cue.name])
+                separating |= find_separating(
+                    spliced, batches, {cue.name: strata}, at_least=at_least
+                )
     for cue in asked:
-        latents = separating.get(cue.name, Separating(none, torch.zeros(0))).latents
-        found[cue.name] = latents, _explain(cue, len(latents), cue.name in separating, at_least)
+        if cue.name not in separating:
+            reason = _say_why_not(config, cue, pairs.get(cue.name), is_learned=learned is not None)
+            found[cue.name][1].append(reason)
+            continue
+        latents = separating[cue.name].latents
+        none = [] if len(latents) else [_say_none(cue, at_least)]
+        found[cue.name] = latents, none
     return found
 
 
-def _explain(cue: CueConfig, n_latents: int, is_asked: bool, at_least: float) -> list[str]:
-    if n_latents:
-        return []
-    if not is_asked:
-        return [f"nothing says which images have {cue.name}, so that it has no latents"]
-    return [
-        f"no latent tells {cue.name} with an AUROC of {at_least}: what its removal does is not "
-        "defined"
-    ]
+def _say_none(cue: CueConfig, at_least: float) -> str:
+    within = "" if cue.field is None else " within labels"
+    return (
+        f"no latent tells {cue.name} with an AUROC of {at_least}{within}: what its removal does is "
+        "not defined"
+    )
 
 
-def _has_both(flags: Flags | None) -> bool:
-    if flags is None:
-        return False
-    return bool((flags.known & flags.has).any() and (flags.known & ~flags.has).any())
+def _say_why_not(
+    config: Shortcuts, cue: CueConfig, pairs: CuePairs | None, *, is_learned: bool
+) -> str:
+    """Why latents of a cue were not looked for."""
+    if pairs is not None:
+        return f"{len(pairs.keys)} pairs of {cue.name} are too few to find its latents ({FEWEST})"
+    if cue.field is None:
+        return f"nothing says which images have {cue.name}, so that it has no latents"
+    setting = "repair.shards" if is_learned else "data.shards"
+    shards = config.repair.shards if is_learned else config.data.shards
+    return (
+        f"no label of {setting}={shards} has {FEWEST} images with {cue.name} and {FEWEST} without: "
+        "what belongs to the cue cannot be told from what belongs to the label, and it has no "
+        "latents unless they are named"
+    )
 
 
-def _stack(pairs: CuePairs) -> tuple[list[Batch], Flags]:
-    """Without, then with: which is with is what latents shall tell."""
-    n_pairs = len(pairs.keys)
-    batches = list(pairs.states[WITHOUT])
-    batches += [(x, rows + n_pairs, rest) for x, rows, rest in pairs.states[WITH]]
-    is_with = torch.arange(2 * n_pairs) >= n_pairs
-    return batches, Flags(is_with, torch.ones_like(is_with))
+def flag_sides(pairs: CuePairs) -> Flags:
+    """Of `stack_sides`: known of every picture, because it was made so."""
+    is_with = torch.arange(2 * len(pairs.keys)) >= len(pairs.keys)
+    return Flags(is_with, torch.ones_like(is_with))
 
 
 def _direction(audited: Audited, prompt: str) -> Float[Tensor, " embed"]:
@@ -136,22 +188,29 @@ def _direction(audited: Audited, prompt: str) -> Float[Tensor, " embed"]:
     return normalize(rows[0] - rows[1], dim=0)
 
 
-def _infer(audited: Audited, images: ImageSet, cue: KnownCue) -> KnownCue:
+def _infer(audited: Audited, images: ImageSet, learned: ImageSet | None, cue: KnownCue) -> KnownCue:
+    where = images if learned is None else learned
     try:
-        flags, words = infer_flags(audited, images, cue.latents)
+        threshold = infer_flags(audited, where, cue.latents).threshold
     except DataError as error:  # latents may fire in none of these images, or alike in all
-        return cue._replace(warnings=[*cue.warnings, f"no groups: {error}"])
-    warning = f"which images have {cue.name} is inferred from its latents: {words}"
-    return cue._replace(flags=flags, is_inferred=True, warnings=[*cue.warnings, warning])
+        learns = "" if learned is None else "repair.shards: "
+        return cue._replace(warnings=[*cue.warnings, f"no groups: {learns}{error}"])
+    found = infer_flags(audited, images, cue.latents, threshold)
+    flags = Flags(found.has_cue, torch.ones_like(found.has_cue))
+    warning = f"which images have {cue.name} is inferred from its latents: {found.words}"
+    warnings = [*cue.warnings, warning]
+    return cue._replace(flags=flags, source="latents", warnings=warnings, threshold=threshold)
 
 
 def infer_flags(
-    audited: Audited, images: ImageSet, latents: Int[Tensor, " latent"]
-) -> tuple[Flags, str]:
-    """Whether the latents of a cue fire in each image."""
+    audited: Audited,
+    images: ImageSet,
+    latents: Int[Tensor, " latent"],
+    threshold: float | None = None,
+) -> InferredCue:
+    """Whether the latents of a cue fire in each image, or exceed the threshold."""
     assert audited.spliced is not None, "a cue has latents of an SAE"
     activations = read_activations_of(
         audited.spliced, images.batches, latents, n_rows=len(images.samples)
     )
-    found = infer_cue(activations.amax(dim=1))
-    return Flags(found.has_cue, torch.ones_like(found.has_cue)), found.words
+    return infer_cue(activations.amax(dim=1), threshold)

@@ -1,6 +1,7 @@
 """What cues do to both heads: the passes over the images, and effects with intervals."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from clipattr.callbacks import take_all
 from clipattr.callbacks.shortcuts import ShortcutCallback
 from clipattr.callbacks.shortcuts_result import (
+    UNDEFINED,
     CueEffect,
     CueShare,
     ShortcutResult,
@@ -18,20 +20,20 @@ from clipattr.callbacks.shortcuts_result import (
     spreads,
 )
 from clipattr.config.schema import Shortcuts
-from clipattr.errors import DataError
 from clipattr.jobs.shortcuts_cues import KnownCue
+from clipattr.jobs.shortcuts_encoding import embed_states
 from clipattr.jobs.shortcuts_inputs import HEADS, PROBE, TEXT, Audited, ImageSet
-from clipattr.jobs.shortcuts_pairs import PLACEBO, WITH, WITHOUT, CuePairs, embed_states
+from clipattr.jobs.shortcuts_pairs import FEWEST_PAIRS, PLACEBO, WITH, WITHOUT, CuePairs
 from clipattr.jobs.shortcuts_removal import Removed
-from clipattr.shortcuts.automatic import LatentSums, placebo_latents
 from clipattr.shortcuts.contrast import contrast_logits, remove_direction
+from clipattr.shortcuts.null_heads import NullBand
 
 PAIRS, REMOVAL, DIRECTION = "pairs", "removal", "direction"
-PLACEBO_PAIRS, PLACEBO_REMOVAL = "placebo of the pairs", "placebo of the removal"
+PLACEBO_PAIRS = "placebo of the pairs"
+# Not one effect for each evaluated image, but of pairs, or of some of the images.
+_APART = (PAIRS, PLACEBO_PAIRS, DIRECTION)
 # Images that a prompt fits best: a tenth, but no fewer, and never more than half.
 _FEWEST_FITTING = 20
-# Placebos of a cue.
-_DRAWS = 5
 
 Scores = Float[Tensor, "n score"]
 
@@ -41,6 +43,8 @@ class Measured(NamedTuple):
 
     effects: list[CueEffect]
     shares: list[CueShare]
+    bands: dict[tuple[str, str], NullBand]
+    """by measure and score: probes of shuffled labels, or other latents, beside the probe"""
 
 
 class Passes(NamedTuple):
@@ -49,8 +53,6 @@ class Passes(NamedTuple):
     result: ShortcutResult
     spreads: dict[str, Float[Tensor, " score"]]
     labels: Int[Tensor, " image"]
-    placebos: dict[str, dict[str, Int[Tensor, " latent"]]]
-    """of the cues with latents: several draws of as many others, each with its name"""
 
 
 def look(config: Shortcuts, audited: Audited, images: ImageSet, cues: Sequence[KnownCue]) -> Passes:
@@ -65,17 +67,13 @@ def look(config: Shortcuts, audited: Audited, images: ImageSet, cues: Sequence[K
         assert callback.result is not None, "after the pass"
         result = _to_cpu(callback.result)
     labels = images.labels[result.rows]
-    passes = Passes(result, spreads(result), labels, {})
-    return passes if result.sums is None else _add_placebos(config, passes, result.sums, cues)
+    return Passes(result, spreads(result), labels)
 
 
 def _apply_heads(audited: Audited, images: ImageSet) -> ShortcutResult:
     rows = torch.cat([row for _, row, _ in images.batches]).sort().values
     unit = embed_states(audited, images.batches, len(images.samples))[rows]
-    logits = {
-        name: unit.double() @ head.weights.double().cpu().T + head.bias.double().cpu()
-        for name, head in audited.heads.items()
-    }
+    logits = {head: head_logits(audited, head, unit) for head in audited.heads}
     return ShortcutResult(rows, unit, logits, {}, {}, {}, None)
 
 
@@ -95,45 +93,23 @@ def _to_cpu(result: ShortcutResult) -> ShortcutResult:
     )
 
 
-def _add_placebos(
-    config: Shortcuts, passes: Passes, sums: LatentSums, cues: Sequence[KnownCue]
-) -> Passes:
-    """As many latents of nearest energy, none of which stands for a cue.
-
-    One of them may be what the task is about, so that several are drawn and their effects averaged.
-    """
-    excluded = torch.zeros(len(sums.energy), dtype=torch.bool)
-    for cue in cues:
-        excluded[cue.latents] = True
-    placebos: dict[str, dict[str, Tensor]] = {}
-    for cue in cues:
-        if not len(cue.latents):
-            continue
-        try:
-            placebos[cue.name] = {
-                f"placebo {draw} of {cue.name}": placebo_latents(
-                    sums.energy, cue.latents, excluded, seed=config.seed + draw
-                )
-                for draw in range(_DRAWS)
-            }
-        except DataError as error:  # a cue may be half of a small dictionary
-            cue.warnings.append(f"no placebo for its removal: {error}")
-    return passes._replace(placebos=placebos)
-
-
 def removal_effects(
     config: Shortcuts,
     audited: Audited,
     passes: Passes,
     removed: Sequence[Removed],
     measure: str,
+    chosen: slice = slice(None),
 ) -> list[CueEffect]:
-    """y(x) - y(x without the latents), over all images; the mean of several sets of latents."""
+    """y(x) - y(x without the latents), over all images; the mean of several sets of latents.
+
+    Of the chosen scores: with a thousand of them, most of the time goes into their intervals.
+    """
     text, probe = (
         torch.stack([_changes(audited, passes, one, head) for one in removed]).mean(dim=0)
         for head in HEADS
     )
-    return _measure(config, audited, passes, text, probe, measure)
+    return _measure(config, audited, passes, text, probe, measure, chosen)
 
 
 def _changes(audited: Audited, passes: Passes, removed: Removed, head: str) -> Scores:
@@ -151,15 +127,18 @@ def measure_cue(
     passes: Passes,
     cue: KnownCue,
     pairs: CuePairs | None,
-    removed: Mapping[str, Removed],
 ) -> Measured:
-    """Every effect that is defined for a cue."""
+    """Every effect that is defined for a cue; `shortcuts_controls` adds what it is put beside."""
     effects: list[CueEffect] = []
     if pairs is not None:
         for variant, measure in ((WITH, PAIRS), (PLACEBO, PLACEBO_PAIRS)):
             if variant in pairs.embeddings:
-                text, probe = (pair_scores(audited, pairs, head, variant) for head in HEADS)
-                effects += _measure(config, audited, passes, text, probe, measure)
+                effects += _measure_pairs(config, audited, passes, pairs, variant, measure)
+        if len(pairs.keys) < FEWEST_PAIRS:
+            cue.warnings.append(
+                f"{len(pairs.keys)} pairs: what they do is not defined with fewer than "
+                f"{FEWEST_PAIRS}"
+            )
     shares: list[CueShare] = []
     if len(cue.latents):
         text, probe = (
@@ -168,19 +147,60 @@ def measure_cue(
             for head in HEADS
         )
         effects += _measure(config, audited, passes, text, probe, REMOVAL)
-        if cue.name in passes.placebos:
-            draws = [removed[name] for name in passes.placebos[cue.name]]
-            effects += removal_effects(config, audited, passes, draws, PLACEBO_REMOVAL)
         draw = {"resamples": config.shortcuts.resamples, "seed": config.seed}
         shares = measure_shares(passes.result, cue.name, audited.scores, **draw)
     if cue.direction is not None:
         text, probe = direction_scores(audited, passes, cue)
         effects += _measure(config, audited, passes, text, probe, DIRECTION)
-    return Measured(effects, shares)
+    return Measured(effects, shares, {})
+
+
+def _measure_pairs(
+    config: Shortcuts,
+    audited: Audited,
+    passes: Passes,
+    pairs: CuePairs,
+    variant: str,
+    measure: str,
+) -> list[CueEffect]:
+    """Not defined where there are too few for an interval."""
+    if len(pairs.keys) < FEWEST_PAIRS:
+        return [
+            CueEffect(
+                measure=measure,
+                score=name,
+                text=UNDEFINED,
+                probe=UNDEFINED,
+                amplification=UNDEFINED,
+                excess=UNDEFINED,
+                excess_all=UNDEFINED,
+                n=len(pairs.keys),
+            )
+            for name in audited.scores
+        ]
+    text, probe = (pair_scores(audited, pairs, head, variant) for head in HEADS)
+    return _measure(config, audited, passes, text, probe, measure)
+
+
+def headline_score(effects: Sequence[CueEffect], names: Sequence[str]) -> int:
+    """The score with the largest excess by the measure that counts most; 0 where there is none."""
+    first = [one for one in effects if one.measure == effects[0].measure]
+    found = [one for one in first if math.isfinite(one.excess.mean)]
+    if not found:
+        return 0
+    return list(names).index(max(found, key=lambda one: one.excess.mean).score)
 
 
 def pair_scores(audited: Audited, pairs: CuePairs, head: str, variant: str) -> Scores:
-    """What the cue, or the placebo, adds to the scores of each pair.
+    """What the cue, or the placebo, adds to the scores of each pair."""
+    upper, lower = (score(audited, head, each) for each in pair_sides(pairs, variant))
+    return upper - lower
+
+
+def pair_sides(
+    pairs: CuePairs, variant: str
+) -> tuple[Float[Tensor, "pair embed"], Float[Tensor, "pair embed"]]:
+    """Embeddings with what a cue, or the placebo, adds, and those without it.
 
     A pasted placebo is compared with the image without. Beside a region that is taken out, the
     placebo is another one that is: what adds something is the image, which has both.
@@ -188,15 +208,20 @@ def pair_scores(audited: Audited, pairs: CuePairs, head: str, variant: str) -> S
     upper, lower = variant, WITHOUT
     if variant == PLACEBO and pairs.is_cut_out:
         upper, lower = WITH, PLACEBO
-    return score(audited, head, pairs.embeddings[upper]) - score(
-        audited, head, pairs.embeddings[lower]
-    )
+    return pairs.embeddings[upper], pairs.embeddings[lower]
 
 
 def score(audited: Audited, head: str, embeddings: Float[Tensor, "n embed"]) -> Scores:
     """Scores of unit embeddings by a head, in float64."""
+    return contrast_logits(head_logits(audited, head, embeddings))
+
+
+def head_logits(
+    audited: Audited, head: str, embeddings: Float[Tensor, "n embed"]
+) -> Float[Tensor, "n class"]:
+    """Of unit embeddings, in float64 on the CPU."""
     weights, bias = (each.double().cpu() for each in audited.heads[head])
-    return contrast_logits(embeddings.double() @ weights.T + bias)
+    return embeddings.double() @ weights.T + bias
 
 
 def direction_scores(audited: Audited, passes: Passes, cue: KnownCue) -> tuple[Scores, Scores]:
@@ -231,13 +256,21 @@ def _with_and_without(
 
 
 def _measure(
-    config: Shortcuts, audited: Audited, passes: Passes, text: Scores, probe: Scores, measure: str
+    config: Shortcuts,
+    audited: Audited,
+    passes: Passes,
+    text: Scores,
+    probe: Scores,
+    measure: str,
+    chosen: slice = slice(None),
 ) -> list[CueEffect]:
+    scores = {head: contrast_logits(passes.result.logits[head])[:, chosen] for head in HEADS}
     return measure_effects(
-        text,
-        probe,
-        spreads=passes.spreads,
-        names=audited.scores,
+        text[:, chosen],
+        probe[:, chosen],
+        scores=scores,
+        same_images=measure not in _APART,
+        names=audited.scores[chosen],
         measure=measure,
         resamples=config.shortcuts.resamples,
         seed=config.seed,

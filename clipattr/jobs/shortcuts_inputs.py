@@ -17,6 +17,7 @@ from clipattr.data import BadSample, ShardIndex, load_features
 from clipattr.data.shards import read_json, read_label
 from clipattr.errors import ConfigError
 from clipattr.jobs.class_head import needed_fields
+from clipattr.jobs.class_names import check_class_names, check_prompts
 from clipattr.jobs.evaluate_sae import splice_in
 from clipattr.jobs.model import load_model, read_embeddings
 from clipattr.jobs.shards import Images, find_images
@@ -56,12 +57,11 @@ class Audited(NamedTuple):
         """As files name it."""
         return self.record.model
 
-    def probabilities(
+    def scale(
         self, head: str, logits: Float[Tensor, "image class"]
     ) -> Float[Tensor, "image class"]:
-        """The softmax of logits; a cosine is scaled as the model does it."""
-        scale = self.clip.logit_scale if head == TEXT else 1.0
-        return (scale * logits).softmax(dim=-1)
+        """Logits whose softmax are probabilities; a cosine is scaled as the model does it."""
+        return self.clip.logit_scale * logits if head == TEXT else logits
 
 
 class ImageSet(NamedTuple):
@@ -93,6 +93,7 @@ def load_audited(config: Shortcuts) -> Audited:
             f"prompts: {len(prompts)}, and the probe {config.probe} has {len(classes)} classes: "
             f"name one prompt for each of {list(classes)}, in this order"
         )
+    check_prompts(prompts, classes, "prompts")
     templates = load_templates("none" if config.prompts else config.templates)
     cache, progress = Path(config.data.cache) / "text", config.trainer.progress
     rows = text_head(clip, prompts, templates=templates, cache=cache, progress=progress).weights
@@ -161,6 +162,8 @@ def read_images(config: Shortcuts, audited: Audited, shards: str, setting: str) 
     images = find_images(
         shards, config.data, tuple(sorted(needed)), setting=setting, progress=progress
     )
+    named = f"classes of probe={config.probe}"
+    check_class_names(images.usable, audited.label, audited.classes, named)
     labels = [read_label(one, audited.label, audited.classes) for one in images.usable]
     facts = [read_json(one) for one in images.usable] if needs_json else []
     batches, undecodable = read_states(config, audited, images.usable)

@@ -17,6 +17,10 @@ from clipattr.spliced import Spliced
 _CHUNK = 1024
 
 
+# Images of a label, with and without the cue, from which it has a say in what tells them apart.
+FEWEST = 10
+
+
 class Flags(NamedTuple):
     """Which rows show something, and of which that is known."""
 
@@ -31,29 +35,69 @@ class Separating(NamedTuple):
     auroc: Float64[Tensor, " latent"]
 
 
-def find_separating(
-    spliced: Spliced, batches: Iterable[Batch], flags: Mapping[str, Flags], *, at_least: float
-) -> dict[str, Separating]:
-    """For each flag the latents whose activation separates it with this AUROC or more.
+class Strata(NamedTuple):
+    """Labels that occur often enough with and without something; other rows have no say."""
 
-    One pass counts where latents fire, which leaves few that can; a second one ranks those.
+    place: Int[Tensor, " row"]
+    """number of the label among these; -1 for rows that are left out"""
+    has: Bool[Tensor, " row"]
+    counts: Int[Tensor, "stratum 2"]
+    """rows without and with it"""
+
+    @property
+    def weights(self) -> Float64[Tensor, " stratum"]:
+        """In proportion to without x with / (without + with), the sum is 1 (van Elteren 1960)."""
+        weights = 1 / (1 / self.counts.double()).sum(dim=1)
+        return weights / weights.sum()
+
+
+def stratify(flags: Flags, labels: Int[Tensor, " row"] | None) -> Strata:
+    """By label; all rows together where that is None."""
+    labels = torch.zeros_like(flags.has, dtype=torch.int64) if labels is None else labels.long()
+    side = 2 * labels + flags.has.long()
+    n_labels = int(labels.max()) + 1 if len(labels) else 0
+    counts = torch.bincount(side[flags.known], minlength=2 * n_labels).view(n_labels, 2)
+    is_used = (counts >= FEWEST).all(dim=1)
+    place = torch.where(is_used, is_used.cumsum(0) - 1, -1)
+    return Strata(torch.where(flags.known, place[labels], -1), flags.has, counts[is_used])
+
+
+def find_separating(
+    spliced: Spliced, batches: Iterable[Batch], strata: Mapping[str, Strata], *, at_least: float
+) -> dict[str, Separating]:
+    """For each cue the latents whose activation separates it with this AUROC or more.
+
+    The AUROC is taken within each label and averaged: where a cue goes with a label, a latent of
+    the label would separate all images, and knows nothing of the cue. One pass counts where latents
+    fire, which leaves few that can; a second one ranks those. Each has one stratum or more.
     """
-    fired = _count_firing(spliced, batches, flags)
+    fired = count_firing(spliced, batches, strata)
     possible = {
-        name: (highest_auroc(fired[name], flag) >= at_least).nonzero().flatten()
-        for name, flag in flags.items()
+        name: (highest_auroc(fired[name], each) >= at_least).nonzero().flatten()
+        for name, each in strata.items()
     }
     wanted = torch.cat([torch.zeros(0, dtype=torch.int64), *possible.values()]).unique()
-    found = {name: [torch.zeros(0, dtype=torch.float64)] for name in flags}
+    found = {name: [torch.zeros(0, dtype=torch.float64)] for name in strata}
     for part in wanted.split(_CHUNK):
         activations = read_activations_of(
-            spliced, batches, part, n_rows=len(next(iter(flags.values())).has)
+            spliced, batches, part, n_rows=len(next(iter(strata.values())).has)
         )
-        for name, flag in flags.items():
+        for name, each in strata.items():
             chosen = torch.isin(part, possible[name])
             if chosen.any():
-                found[name].append(auroc(activations[flag.known][:, chosen], flag.has[flag.known]))
-    return {name: _keep(possible[name], torch.cat(found[name]), at_least) for name in flags}
+                found[name].append(auroc_within(activations[:, chosen], each))
+    return {name: _keep(possible[name], torch.cat(found[name]), at_least) for name in strata}
+
+
+def auroc_within(
+    activations: Float[Tensor, "row latent"], strata: Strata
+) -> Float64[Tensor, " latent"]:
+    """Mean over the labels of the AUROC among the rows of each."""
+    areas = [
+        auroc(activations[members], strata.has[members])
+        for members in (strata.place == number for number in range(len(strata.counts)))
+    ]
+    return strata.weights @ torch.stack(areas)
 
 
 def _keep(latents: Tensor, areas: Tensor, at_least: float) -> Separating:
@@ -62,31 +106,36 @@ def _keep(latents: Tensor, areas: Tensor, at_least: float) -> Separating:
     return Separating(latents[order], areas[order])
 
 
-def highest_auroc(fired: Int[Tensor, "state latent"], flag: Flags) -> Float64[Tensor, " latent"]:
+def highest_auroc(
+    fired: Int[Tensor, "stratum 2 latent"], strata: Strata
+) -> Float64[Tensor, " latent"]:
     """The AUROC that a latent can reach which fires in so many images without (0), with (1).
 
     It would be larger in every image with it, where it fires at all: p + (1 - p) (1 - q) / 2.
     """
-    n = torch.stack([(flag.known & ~flag.has).sum(), (flag.known & flag.has).sum()])
-    q, p = fired.double() / n[:, None].clamp(min=1)
-    return p + (1 - p) * (1 - q) / 2
+    q, p = (fired.double() / strata.counts[..., None]).unbind(dim=1)
+    return strata.weights @ (p + (1 - p) * (1 - q) / 2)
 
 
 @torch.no_grad()
-def _count_firing(
-    spliced: Spliced, batches: Iterable[Batch], flags: Mapping[str, Flags]
-) -> dict[str, Int[Tensor, "state latent"]]:
+def count_firing(
+    spliced: Spliced, batches: Iterable[Batch], strata: Mapping[str, Strata]
+) -> dict[str, Int[Tensor, "stratum 2 latent"]]:
+    """Rows of each label in which latents are active, without and with the cue, for each cue."""
     n_latents = spliced.sae.n_latents
-    fired = {name: torch.zeros(2, n_latents, dtype=torch.int64) for name in flags}
+    fired = {
+        name: torch.zeros(2 * len(each.counts), n_latents, dtype=torch.int32)
+        for name, each in strata.items()
+    }
     for rows, codes in _read(spliced, batches):
-        images = torch.arange(len(rows))[:, None].expand_as(codes.indices)
         is_active = codes.is_active
-        for name, flag in flags.items():
-            for state in (0, 1):
-                counted = flag.known[rows] & (flag.has[rows] == bool(state))
-                chosen = is_active & counted[images]
-                fired[name][state] += torch.bincount(codes.indices[chosen], minlength=n_latents)
-    return fired
+        for name, each in strata.items():
+            side = (2 * each.place[rows] + each.has[rows])[:, None].expand_as(codes.indices)
+            chosen = is_active & (each.place[rows] >= 0)[:, None]
+            one = torch.ones(int(chosen.sum()), dtype=torch.int32)
+            where = (side[chosen], codes.indices[chosen])
+            fired[name].index_put_(where, one, accumulate=True)
+    return {name: each.view(-1, 2, n_latents) for name, each in fired.items()}
 
 
 @torch.no_grad()

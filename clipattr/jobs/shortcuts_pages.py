@@ -21,17 +21,18 @@ from clipattr.jobs.shortcuts_effects import (
     DIRECTION,
     PAIRS,
     PLACEBO_PAIRS,
-    PLACEBO_REMOVAL,
     REMOVAL,
     Measured,
     Passes,
     score,
 )
-from clipattr.jobs.shortcuts_groups import Group
+from clipattr.jobs.shortcuts_groups import Group, HeadQuality
 from clipattr.jobs.shortcuts_inputs import HEADS, Audited, ImageSet
-from clipattr.jobs.shortcuts_pairs import PLACEBO, WITH, WITHOUT, CuePairs
+from clipattr.jobs.shortcuts_pairs import GROUPS_SHOWN, PLACEBO, WITH, WITHOUT, CuePairs
+from clipattr.jobs.shortcuts_provenance import warn_of_known_images
 from clipattr.jobs.shortcuts_repairs import RepairedCue
 from clipattr.metrics.quality import Quality
+from clipattr.report.shortcuts.claims import PLACEBO_REMOVAL
 from clipattr.report.shortcuts.content import (
     AmplifiedLatent,
     CueResult,
@@ -46,10 +47,9 @@ from clipattr.report.shortcuts.content import (
     ShareRow,
     ShortcutsContent,
 )
+from clipattr.shortcuts.null_heads import NullBand
 
 _ORDER = (PAIRS, REMOVAL, DIRECTION, PLACEBO_PAIRS, PLACEBO_REMOVAL)
-# More groups than that have no pictures: a page of a thousand classes must stay one that opens.
-_GROUPS_SHOWN = 40
 
 
 class CueFindings(NamedTuple):
@@ -58,7 +58,7 @@ class CueFindings(NamedTuple):
     cue: KnownCue
     measured: Measured
     groups: list[Group]
-    quality: dict[str, Quality]
+    quality: dict[str, HeadQuality]
     pairs: CuePairs | None
     repairs: list[RepairedCue]
 
@@ -88,8 +88,8 @@ def build_content(
         amplified=found,
         n_significant=0 if amplified is None else amplified.ranking.n_significant,
         level=config.shortcuts.level,
-        facts=_facts(config, audited, images, passes),
-        warnings=_warnings(images.bad, amplified),
+        facts=_facts(config, audited, images, passes, amplified),
+        warnings=[*_warnings(images.bad), *warn_of_known_images(config, audited, images)],
     )
 
 
@@ -98,12 +98,11 @@ def _cue(
 ) -> CueResult:
     cue, effects = found.cue, found.measured.effects
     effects = sorted(effects, key=lambda each: _ORDER.index(each.measure))
-    pictured = len(found.groups) <= _GROUPS_SHOWN
     return CueResult(
         name=cue.name,
         kinds=cue.settings.kinds,
         latents=cue.latents.tolist(),
-        effects=[_effect(each) for each in effects],
+        effects=[_effect(each, found.measured, n_scores=len(audited.scores)) for each in effects],
         shares=[ShareRow(*each) for each in found.measured.shares],
         groups=[
             GroupRow(
@@ -111,21 +110,36 @@ def _cue(
                 each.has_cue,
                 each.n_images,
                 each.accuracy,
-                [show(row) for row in each.examples] if pictured else [],
+                _examples(config, found, each, show),
             )
             for each in found.groups
         ],
-        quality=[_quality(head, found.quality[head]) for head in HEADS],
+        quality=[_quality(head, *found.quality[head]) for head in HEADS],
         pairs=[]
         if found.pairs is None
         else _pictures(config, audited, passes, found.pairs, effects),
         repairs=[_repair(each) for each in found.repairs],
         curves=[_curve(each) for each in found.repairs],
         warnings=cue.warnings,
+        source=cue.source or "",
     )
 
 
-def _effect(found: CueEffect) -> EffectRow:
+def _examples(
+    config: Shortcuts, found: CueFindings, group: Group, show: "partial[bytes]"
+) -> list[bytes]:
+    """Images of the set, or pictures of the pairs."""
+    if len(found.groups) > GROUPS_SHOWN:
+        return []
+    if found.cue.source != "pairs":
+        return [show(row) for row in group.examples]
+    assert found.pairs is not None, "groups are made of them"
+    pictures = found.pairs.pictures[WITH if group.has_cue else WITHOUT]
+    return [_png(pictures[number], config.shortcuts.thumbnail) for number in group.examples]
+
+
+def _effect(found: CueEffect, measured: Measured, *, n_scores: int) -> EffectRow:
+    band = measured.bands.get((found.measure, found.score), NullBand(math.nan, math.nan))
     return EffectRow(
         measure=found.measure,
         score=found.score,
@@ -133,19 +147,22 @@ def _effect(found: CueEffect) -> EffectRow:
         probe=found.probe,
         amplification=found.amplification,
         excess=found.excess,
+        excess_all=None if n_scores == 1 else found.excess_all,
         is_placebo=found.measure in (PLACEBO_PAIRS, PLACEBO_REMOVAL),
         n=found.n,
+        null_high=band.high,
+        null_share=band.share,
     )
 
 
-def _quality(name: str, found: Quality) -> QualityRow:
+def _quality(name: str, found: Quality, accuracy_of_all: float) -> QualityRow:
     numbers = {key: value for key, value in found._asdict().items() if key != "counts"}
-    return QualityRow(name=name, **numbers)
+    return QualityRow(name=name, accuracy_of_all=accuracy_of_all, **numbers)
 
 
 def _repair(found: RepairedCue) -> RepairRow:
     repaired = found.repaired
-    quality = _quality(repaired.name, found.quality[-1])
+    quality = _quality(repaired.name, found.quality[-1], found.accuracy_of_all)
     return RepairRow(repaired.name, repaired.description, quality, found.effect, found.restored)
 
 
@@ -176,7 +193,7 @@ def _pictures(
         for head in HEADS
     }
     found: list[PairPicture] = []
-    for number in range(len(pairs.pictures[WITHOUT])):
+    for number in range(min(config.shortcuts.shown, len(pairs.keys))):
         pixels = {variant: each[number] for variant, each in pairs.pictures.items()}
         values = {
             head: (
@@ -194,6 +211,7 @@ def _pictures(
                 placebo=_png(pixels[PLACEBO], size) if PLACEBO in pixels else None,
                 scores=values,
                 score=audited.scores[chosen] if len(audited.scores) > 1 else "",
+                is_cut_out=pairs.is_cut_out,
             )
         )
     return found
@@ -236,7 +254,13 @@ def _encode(picture: Image.Image, size: int) -> bytes:
     return buffer.getvalue()
 
 
-def _facts(config: Shortcuts, audited: Audited, images: ImageSet, passes: Passes) -> list[Fact]:
+def _facts(
+    config: Shortcuts,
+    audited: Audited,
+    images: ImageSet,
+    passes: Passes,
+    amplified: AmplifiedList | None,
+) -> list[Fact]:
     facts: Mapping[str, object] = {
         "model": f"{audited.clip.name}, weights {audited.clip.weights_sha256[:12]}",
         "probe": config.probe,
@@ -251,15 +275,12 @@ def _facts(config: Shortcuts, audited: Audited, images: ImageSet, passes: Passes
         "seed": config.seed,
         "data": images.samples.fingerprint[:12],
     }
+    if amplified is not None:
+        ranking = amplified.ranking
+        said = f"{ranking.n_tested:,} of a latent and a score; {ranking.n_rare:,} latents"
+        facts = {**facts, "pairs tested": f"{said} fire in too few images"}
     return [Fact(name, str(value)) for name, value in facts.items()]
 
 
-def _warnings(bad: Sequence[BadSample], amplified: AmplifiedList | None) -> list[str]:
-    found: list[str] = []
-    if bad:
-        found.append(f"{len(bad)} images could not be used; bad_samples.jsonl lists them")
-    if amplified is not None and amplified.ranking.n_rare:
-        found.append(
-            f"{amplified.ranking.n_rare} latents fire in so few images that they were not tested"
-        )
-    return found
+def _warnings(bad: Sequence[BadSample]) -> list[str]:
+    return [f"{len(bad)} images could not be used; bad_samples.jsonl lists them"] if bad else []

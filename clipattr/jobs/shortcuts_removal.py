@@ -45,6 +45,33 @@ def remove_each(
     }
 
 
+@torch.no_grad()
+def change_each(
+    audited: Audited,
+    images: ImageSet,
+    n_images: int,
+    latents: Mapping[tuple[str, int], Int[Tensor, " latent"]],
+) -> dict[tuple[str, int], Float[Tensor, " embed"]]:
+    """Mean over the images of the unit embedding minus the one without each set of latents.
+
+    All that a mean effect on a linear head takes, and as little to keep for a thousand sets as for
+    one. A pass of the suffix for each set, as in `remove_each`, and one for the images themselves.
+    """
+    if audited.spliced is None or not latents:
+        return {}
+    spliced, device = audited.spliced, audited.clip.device
+    sums = {name: _nothing(spliced).sum(dim=0) for name in latents}
+    for batch in images.batches:
+        readout = spliced.read(*move_data_to_device(batch, device))
+        before = normalize(spliced.cut.suffix(readout.x, readout.rest).double(), dim=-1).cpu()
+        place = {row: number for number, row in enumerate(readout.rows.tolist())}
+        for name, each in latents.items():
+            samples, without = _remove(spliced, readout, each.to(device))
+            changed = before[[place[row] for row in samples.tolist()]] - without
+            sums[name] += changed.sum(dim=0)
+    return {name: each / n_images for name, each in sums.items()}
+
+
 def _remove(spliced: Spliced, readout: Readout, latents: Int[Tensor, " latent"]) -> Removed:
     codes = readout.codes
     fires = (is_among(codes, latents) & codes.is_active).flatten(1).any(dim=1).nonzero().flatten()

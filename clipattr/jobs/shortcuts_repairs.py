@@ -14,8 +14,6 @@ from clipattr.callbacks.shortcuts_result import UNDEFINED
 from clipattr.callbacks.suppressed import LatentMeans, SuppressedEmbeddings
 from clipattr.config.schema import Shortcuts
 from clipattr.config.shortcuts import RepairMethod
-from clipattr.data.shards import Sample
-from clipattr.errors import ConfigError, DataError
 from clipattr.files import read_sha256
 from clipattr.jobs.shortcut_repair import (
     METHODS,
@@ -28,12 +26,14 @@ from clipattr.jobs.shortcut_repair import (
     save_repaired,
     trade_off,
 )
-from clipattr.jobs.shortcuts_cues import KnownCue, infer_flags, read_flags
+from clipattr.jobs.shortcuts_cue_images import CueImages
+from clipattr.jobs.shortcuts_cues import KnownCue
 from clipattr.jobs.shortcuts_effects import Passes
-from clipattr.jobs.shortcuts_groups import flags_of_rows, quality_of
-from clipattr.jobs.shortcuts_inputs import Audited, ImageSet, read_images
-from clipattr.jobs.shortcuts_latents import Flags
-from clipattr.jobs.shortcuts_pairs import WITH, WITHOUT, CuePairs, embed_states
+from clipattr.jobs.shortcuts_groups import measure_logits, share_right
+from clipattr.jobs.shortcuts_inputs import Audited, ImageSet
+from clipattr.jobs.shortcuts_learned import Learned, images_to_learn
+from clipattr.jobs.shortcuts_pairs import FEWEST_PAIRS, WITH, WITHOUT, CuePairs
+from clipattr.jobs.shortcuts_provenance import repaired_fingerprint
 from clipattr.metrics.intervals import Interval, bootstrap_mean
 from clipattr.metrics.quality import Quality
 from clipattr.probes.files import ProbeRecord
@@ -46,59 +46,18 @@ from clipattr.shortcuts.suppression_files import FEATURE, SuppressionRecord
 FOLDER = "repaired"
 
 
-class Learned(NamedTuple):
-    """The images that repairs are learned from."""
-
-    images: ImageSet
-    rows: Tensor
-    """samples that could be read"""
-    embeddings: Float[Tensor, "image embed"]
-
-
 class RepairedCue(NamedTuple):
     """One repair of one cue, measured."""
 
     repaired: Repaired
     quality: list[Quality]
     """at each strength; the last one is that of the saved probe"""
+    accuracy_of_all: float
+    """of the saved probe, over all evaluated images as they are"""
     effect: Interval
     """of the cue on the repaired probe, in standard deviations of its score"""
     restored: float
     suppression: Suppression | None
-
-
-def read_learned(config: Shortcuts, audited: Audited, images: ImageSet) -> Learned | None:
-    """Images of repair.shards, of which none may be evaluated."""
-    if config.repair.shards is None:
-        return None
-    found = read_images(config, audited, config.repair.shards, "repair.shards")
-    _check_apart(config, images, found)
-    rows = torch.cat([row.cpu() for _, row, _ in found.batches]).sort().values
-    embeddings = embed_states(audited, found.batches, len(found.samples))[rows]
-    return Learned(found, rows, embeddings)
-
-
-def _check_apart(config: Shortcuts, images: ImageSet, learned: ImageSet) -> None:
-    """A repair that has seen the evaluated images would look better than it is."""
-    where = f"repair.shards={config.repair.shards} and data.shards={config.data.shards}"
-    rule = "repairs are learned from images that are not evaluated"
-    shared = {str(one) for one in images.samples.shards} & {str(o) for o in learned.samples.shards}
-    if shared:
-        raise ConfigError(f"{where}: both have {min(shared)}; {rule}")
-    row_of = {key: row for row, key in enumerate(images.keys)}
-    for row, key in enumerate(learned.keys):
-        if key in row_of and _is_same(learned.samples[row], images.samples[row_of[key]]):
-            raise ConfigError(f"{where}: the image {key} is in both; {rule}")
-
-
-def _is_same(first: Sample, second: Sample) -> bool:
-    """Whether two samples are the same picture, bit for bit."""
-    name, other = first.image_field, second.image_field
-    assert name is not None, "every usable sample has an image"
-    assert other is not None, "every usable sample has an image"
-    if first.fields[name][1] != second.fields[other][1]:
-        return False
-    return first.read(name) == second.read(other)
 
 
 def repair_cue(
@@ -109,86 +68,91 @@ def repair_cue(
     learned: Learned,
     cue: KnownCue,
     pairs: CuePairs | None,
+    shown: CueImages,
     reference: float,
+    score: int,
 ) -> list[RepairedCue]:
-    """Every method that can be used for the cue; why the others cannot is added to its warnings."""
-    flags = flags_of_rows(passes, cue)
-    if flags is None:
+    """Every method that can be used for the cue; why the others cannot is added to its warnings.
+
+    `score` is the one whose effect is the headline: what is left of it is measured.
+    """
+    if cue.source is None:
         cue.warnings.append("no repair: nothing says which images have it, so that none is judged")
         return []
-    suppression = _find_suppression(config, audited, learned, cue)
-    learn, evaluate = _rows_of(config, audited, images, passes, learned, cue, flags, suppression)
+    learning = images_to_learn(config, audited, learned, cue)
+    suppression = _find_suppression(config, audited, learning, cue)
+    learn = _rows_of(audited, learning, suppression, (1.0,))
+    evaluate = _rows_of(audited, shown, suppression, STRENGTHS)
     direction = None if bool(learn.known.any()) else cue.direction
-    methods: list[Method] = []
-    for method in METHODS:
-        if RepairMethod(method) not in config.repair.methods:
-            continue
-        reason = obstacle(method, learn, direction=direction)
-        if reason is None:
-            methods.append(method)
-        else:
-            cue.warnings.append(f"no repair by {method}: {reason}")
     found = repair(
         audited.probe,
         learn,
         evaluate,
-        methods=methods,
+        methods=_usable(config, audited, learn, direction, cue),
         direction=direction,
+        classes=audited.classes,
         Cs=config.repair.Cs,
         seed=config.seed,
     )
-    return [
-        _measure(config, audited, images, evaluate, each, cue, pairs, suppression, reference)
-        for each in found
-    ]
+    measured: list[RepairedCue] = []
+    for each in found:
+        used = suppression if each.needs_suppression else None
+        quality = trade_off(each, evaluate)
+        unedited = passes.result.embeddings
+        of_all = each.logits[-1]
+        if cue.source == "pairs":
+            of_all = _read(audited, images.batches, unedited, each.probe, used)
+        sides = _sides(audited, images, passes, each.probe, of_all, cue, pairs, used)
+        effect = UNDEFINED if sides is None else _effect(config, *sides, of_all, score)
+        restored = restored_share(quality[0].worst_group, quality[-1].worst_group, reference)
+        right = share_right(of_all, passes)
+        measured.append(RepairedCue(each, quality, right, effect, restored, used))
+    return measured
+
+
+def _usable(
+    config: Shortcuts,
+    audited: Audited,
+    learn: RepairRows,
+    direction: Float[Tensor, " embed"] | None,
+    cue: KnownCue,
+) -> list[Method]:
+    methods: list[Method] = []
+    for method in METHODS:
+        if RepairMethod(method) not in config.repair.methods:
+            continue
+        reason = obstacle(method, learn, direction=direction, classes=audited.classes)
+        if reason is None:
+            methods.append(method)
+        else:
+            cue.warnings.append(f"no repair by {method}: {reason}")
+    return methods
 
 
 def _find_suppression(
-    config: Shortcuts, audited: Audited, learned: Learned, cue: KnownCue
+    config: Shortcuts, audited: Audited, learning: CueImages, cue: KnownCue
 ) -> Suppression | None:
     """Latents at their mean over the images to learn from."""
     wanted = {RepairMethod.suppress, RepairMethod.retrain} & set(config.repair.methods)
     if audited.spliced is None or not len(cue.latents) or not wanted:
         return None
     means = LatentMeans(cue.latents, audited.spliced.sae.n_latents)
-    take_all(audited.spliced, learned.images.batches, means)
+    take_all(audited.spliced, learning.batches, means)
     means.finish()
     assert means.result is not None, "after the pass"
     return Suppression(cue.latents, means.result.float().cpu())
 
 
 def _rows_of(
-    config: Shortcuts,
     audited: Audited,
-    images: ImageSet,
-    passes: Passes,
-    learned: Learned,
-    cue: KnownCue,
-    flags: Flags,
+    found: CueImages,
     suppression: Suppression | None,
-) -> tuple[RepairRows, RepairRows]:
-    of_learned = _learned_flags(audited, learned, cue)
-    cleaned = [
-        None if suppression is None else _suppress(audited, batches, suppression, strengths)
-        for batches, strengths in ((learned.images.batches, (1.0,)), (images.batches, STRENGTHS))
-    ]
-    labels = learned.images.labels[learned.rows]
-    learn = RepairRows(learned.embeddings, cleaned[0], labels, *of_learned)
-    evaluate = RepairRows(passes.result.embeddings, cleaned[1], passes.labels, *flags)
-    return learn, evaluate
-
-
-def _learned_flags(audited: Audited, learned: Learned, cue: KnownCue) -> Flags:
-    """As on the evaluated images: written down, or inferred from the latents."""
-    flags = read_flags(cue.settings, learned.images)
-    if flags is None:
-        try:
-            flags, _ = infer_flags(audited, learned.images, cue.latents)
-        except DataError as error:  # latents may fire in none of these images
-            cue.warnings.append(f"which images of repair.shards have it is not known: {error}")
-            unknown = torch.zeros(len(learned.images.samples), dtype=torch.bool)
-            flags = Flags(unknown, unknown)
-    return Flags(flags.has[learned.rows], flags.known[learned.rows])
+    strengths: Sequence[float],
+) -> RepairRows:
+    cleaned = None
+    if suppression is not None:
+        cleaned = _suppress(audited, found.batches, suppression, strengths)
+    return RepairRows(found.embeddings, cleaned, found.labels, *found.flags, found.sources)
 
 
 def _suppress(
@@ -202,55 +166,59 @@ def _suppress(
     return callback.result.cpu()
 
 
-def _measure(
-    config: Shortcuts,
+def _read(
+    audited: Audited,
+    batches: Iterable[Batch],
+    embeddings: Float[Tensor, "image embed"],
+    probe: LinearProbe,
+    suppression: Suppression | None,
+) -> Float[Tensor, "image class"]:
+    """Logits of a repaired probe, which sees embeddings as they are or with latents suppressed."""
+    if suppression is not None:
+        embeddings = _suppress(audited, batches, suppression, (1.0,))[-1]
+    return logits_of(probe, embeddings)
+
+
+def _sides(
     audited: Audited,
     images: ImageSet,
-    evaluate: RepairRows,
-    repaired: Repaired,
+    passes: Passes,
+    probe: LinearProbe,
+    of_all: Float[Tensor, "image class"],
     cue: KnownCue,
     pairs: CuePairs | None,
     suppression: Suppression | None,
-    reference: float,
-) -> RepairedCue:
-    quality = trade_off(repaired, evaluate)
-    used = suppression if repaired.needs_suppression else None
-    effect = _effect(config, audited, images, evaluate, repaired, cue, pairs, used)
-    restored = restored_share(quality[0].worst_group, quality[-1].worst_group, reference)
-    return RepairedCue(repaired, quality, effect, restored, used)
+) -> tuple[Float[Tensor, "n class"], Float[Tensor, "n class"]] | None:
+    """Logits with the cue and without it: of the pairs, else of the removal of its latents."""
+    if pairs is not None:
+        if len(pairs.keys) < FEWEST_PAIRS:
+            return None
+        with_cue, without = (
+            _read(audited, pairs.states[side], pairs.embeddings[side], probe, suppression)
+            for side in (WITH, WITHOUT)
+        )
+        return with_cue, without
+    if not len(cue.latents) or suppression is not None:
+        # Latents that are held at their means cannot be taken out: nothing to measure.
+        return None
+    zero = Suppression(cue.latents, torch.zeros(len(cue.latents)))
+    return of_all, _read(audited, images.batches, passes.result.embeddings, probe, zero)
 
 
 def _effect(
     config: Shortcuts,
-    audited: Audited,
-    images: ImageSet,
-    evaluate: RepairRows,
-    repaired: Repaired,
-    cue: KnownCue,
-    pairs: CuePairs | None,
-    suppression: Suppression | None,
+    with_cue: Float[Tensor, "n class"],
+    without: Float[Tensor, "n class"],
+    of_all: Float[Tensor, "image class"],
+    score: int,
 ) -> Interval:
-    """On the score that moves most: of the pairs, else of the removal of the cue's latents."""
-    if pairs is not None:
-        sides = [
-            pairs.embeddings[variant]
-            if suppression is None
-            else _suppress(audited, pairs.states[variant], suppression, (1.0,))[-1]
-            for variant in (WITH, WITHOUT)
-        ]
-    elif len(cue.latents):
-        if suppression is not None:
-            # They are at their means, whatever they were.
-            return Interval(0.0, 0.0, 0.0)
-        zero = Suppression(cue.latents, torch.zeros(len(cue.latents)))
-        sides = [evaluate.embeddings, _suppress(audited, images.batches, zero, (1.0,))[-1]]
-    else:
+    """In standard deviations over the evaluated images, as the effects on the heads."""
+    effects = contrast_logits(with_cue - without)[:, score]
+    scores = contrast_logits(of_all)[:, score]
+    if not scores.std(correction=0) > 0:  # a probe that learned nothing says the same of all
         return UNDEFINED
-    with_cue, without = (contrast_logits(logits_of(repaired.probe, side)) for side in sides)
-    effects, scores = with_cue - without, contrast_logits(repaired.logits[-1])
-    moved = int((effects.mean(dim=0) / scores.std(dim=0, correction=0)).abs().argmax())
     generator = torch.Generator().manual_seed(config.seed)
-    values = standardise(effects[:, moved], scores[:, moved])
+    values = standardise(effects, scores)
     return bootstrap_mean(values, resamples=config.shortcuts.resamples, generator=generator)
 
 
@@ -262,27 +230,30 @@ def logits_of(
     return embeddings.double() @ weights.T + bias
 
 
-def measure_reference(audited: Audited, passes: Passes, cue: KnownCue, text: Quality) -> Quality:
+def measure_reference(audited: Audited, shown: CueImages, text: Quality) -> Quality:
     """What could be reached: a probe that never saw the cue, or else the prompts."""
-    flags = flags_of_rows(passes, cue)
-    if audited.reference is None or flags is None:
+    if audited.reference is None:
         return text
-    probabilities = logits_of(audited.reference, passes.result.embeddings).softmax(dim=1)
-    return quality_of(probabilities, passes, flags)
+    return measure_logits(logits_of(audited.reference, shown.embeddings), shown)
 
 
 def save_repairs(
-    config: Shortcuts, audited: Audited, folder: Path, cue: KnownCue, repairs: Sequence[RepairedCue]
+    config: Shortcuts,
+    audited: Audited,
+    learned: Learned,
+    folder: Path,
+    cue: KnownCue,
+    repairs: Sequence[RepairedCue],
 ) -> None:
     """Each as <folder>/repaired/<cue>/<method>/probe.safetensors, with what its input needs."""
     for each in repairs:
         last = each.quality[-1]
-        metrics = {"accuracy": last.accuracy, "worst_group_accuracy": last.worst_group}
+        metrics = {"accuracy": each.accuracy_of_all, "worst_group_accuracy": last.worst_group}
         record = ProbeRecord(
             class_names=list(audited.classes),
             model=audited.model,
             label_field=audited.label,
-            data_fingerprint=audited.record.data_fingerprint,
+            data_fingerprint=repaired_fingerprint(config, audited, learned, each.repaired.name),
             metrics=metrics,
             feature=audited.record.feature if each.suppression is None else FEATURE,
             preprocess=audited.record.preprocess,

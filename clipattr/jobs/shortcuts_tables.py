@@ -9,7 +9,9 @@ from pathlib import Path
 
 from clipattr.atomic import write_text
 from clipattr.metrics.intervals import Interval
+from clipattr.report.shortcuts.claims import excess_over_all, is_confirmed
 from clipattr.report.shortcuts.content import (
+    AmplifiedLatent,
     CueResult,
     EffectRow,
     QualityRow,
@@ -19,6 +21,9 @@ from clipattr.report.shortcuts.content import (
 
 logger = logging.getLogger(__name__)
 
+# Latents of a cue that a line of the log has.
+_LATENTS = 10
+_BAND = ("null_high", "null_share")
 EFFECTS, AMPLIFIED, GROUPS, REPAIRS = "effects.csv", "amplified.csv", "groups.csv", "repairs.csv"
 
 
@@ -41,8 +46,10 @@ def collect(content: ShortcutsContent) -> dict[str, object]:
                     "excess": each.excess._asdict(),
                     "z": each.z,
                     "is_significant": each.is_significant,
+                    "is_confirmed": is_confirmed(each),
                     "share_of_images": each.share_of_images,
                     "cues": each.cues,
+                    "labels": each.labels,
                 }
                 for each in content.amplified
             },
@@ -61,7 +68,9 @@ def _collect_cue(cue: CueResult) -> dict[str, object]:
         groups.setdefault(group.label, {})[state] = {"images": group.n_images, "accuracy": accuracy}
     return {
         "kinds": cue.kinds,
+        "source": cue.source,
         "latents": cue.latents,
+        "labels": {str(latent): words for latent, words in cue.labels.items()},
         "effects": effects,
         "shares": {
             row.score: {"text": row.text._asdict(), "probe": row.probe._asdict()}
@@ -87,9 +96,11 @@ def _collect_effect(row: EffectRow) -> dict[str, object]:
         "probe": row.probe,
         "amplification": row.amplification,
         "excess": row.excess,
+        "excess_all": excess_over_all(row),
     }
     found = {name: each._asdict() for name, each in intervals.items()}
-    return {**found, "is_placebo": row.is_placebo, "n": row.n}
+    numbers = {name: getattr(row, name) for name in ("n", *_BAND)}
+    return {**found, "is_placebo": row.is_placebo, **numbers}
 
 
 def _collect_quality(row: QualityRow) -> dict[str, object]:
@@ -107,7 +118,7 @@ def _collect_repair(row: RepairRow) -> dict[str, object]:
 def write_tables(content: ShortcutsContent, folder: Path) -> None:
     """effects.csv, groups.csv, repairs.csv, and amplified.csv where latents were ranked."""
     bounds = ("mean", "low", "high")
-    measures = ("text", "probe", "amplification", "excess")
+    measures = ("text", "probe", "amplification", "excess", "excess_all")
     _write(
         folder / EFFECTS,
         [
@@ -117,10 +128,12 @@ def write_tables(content: ShortcutsContent, folder: Path) -> None:
             "score",
             "n",
             *(f"{m}_{b}" for m in measures for b in bounds),
+            *_BAND,
         ],
         (
             [cue.name, row.measure, row.is_placebo, row.score, row.n]
-            + _flat(row.text, row.probe, row.amplification, row.excess)
+            + _flat(row.text, row.probe, row.amplification, row.excess, excess_over_all(row))
+            + [getattr(row, name) for name in _BAND]
             for cue in content.cues
             for row in cue.effects
         ),
@@ -150,10 +163,11 @@ def write_tables(content: ShortcutsContent, folder: Path) -> None:
                 "score",
                 *(f"{m}_{b}" for m in ("text", "probe", "excess") for b in bounds),
             ]
-            + ["z", "is_significant", "share_of_images", "cues"],
+            + ["z", "is_significant", "is_confirmed", "share_of_images", "cues", "labels"],
             (
                 [each.rank, each.latent, each.score, *_flat(each.text, each.probe, each.excess)]
-                + [each.z, each.is_significant, each.share_of_images, " ".join(each.cues)]
+                + [each.z, each.is_significant, is_confirmed(each), each.share_of_images]
+                + [" ".join(each.cues), "; ".join(each.labels)]
                 for each in content.amplified
             ),
         )
@@ -183,7 +197,7 @@ def _write(path: Path, names: Sequence[str], rows: Iterable[Sequence[object]]) -
 def log_tables(content: ShortcutsContent) -> None:
     """What a person wants to see first."""
     for cue in content.cues:
-        logger.info("%s: latents %s", cue.name, cue.latents[:10] or "none")
+        logger.info("%s: latents %s", cue.name, _name_latents(cue) or "none")
         for row in cue.effects:
             logger.info(
                 "  %-24s %-32s text %+.3f  probe %+.3f  excess %+.3f [%+.3f, %+.3f]  times %.2f",
@@ -208,12 +222,30 @@ def log_tables(content: ShortcutsContent) -> None:
             logger.warning("%s: %s", cue.name, warning)
     for each in (content.amplified or [])[:5]:
         logger.info(
-            "latent %d (%s): %s text %+.3f  probe %+.3f  excess %+.3f [%+.3f, %+.3f]%s",
+            "latent %d%s (%s): %s text %+.3f  probe %+.3f  excess %+.3f [%+.3f, %+.3f]%s",
             each.latent,
+            _bracket(each.labels),
             ", ".join(each.cues) or "of no named cue",
             each.score,
             each.text.mean,
             each.probe.mean,
             *each.excess,
-            "" if each.is_significant else "  not significant",
+            _reservation(each),
         )
+
+
+def _reservation(row: AmplifiedLatent) -> str:
+    if not row.is_significant:
+        return "  not significant"
+    return "" if is_confirmed(row) else "  removal does not confirm"
+
+
+def _name_latents(cue: CueResult) -> str:
+    """The first ten, with their words where there are some."""
+    return ", ".join(
+        f"{latent}{_bracket(cue.labels.get(latent, []))}" for latent in cue.latents[:_LATENTS]
+    )
+
+
+def _bracket(labels: Sequence[str]) -> str:
+    return f" [{', '.join(labels)}]" if labels else ""

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from clipattr.clip.names import local_files
 from clipattr.config.schema import JobConfig, ModelConfig
 from clipattr.data.shards import find_shards, size_of, version_of
+from clipattr.errors import ConfigError
 from clipattr.runs import RunFolder, is_finished_with, open_run
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,17 @@ class Plan(NamedTuple):
     def open(self) -> RunFolder:
         """Enter the run folder. Not before the inputs are loaded: a typo must destroy nothing."""
         return open_run(self.config, self.command, self.inputs, self.outputs)
+
+
+def check_not_inside(config: JobConfig, setting: str, read: str) -> None:
+    """Raise ConfigError where what the job reads lies in the folder that it would replace."""
+    made = Path(config.runs, config.name).resolve()
+    found = Path(read).resolve()
+    if made == found or made in found.parents:
+        raise ConfigError(
+            f"name={config.name}: {setting}={read} lies in the folder of this run, which would be "
+            "replaced; choose another name"
+        )
 
 
 def describe_shards(spec: str, setting: str) -> list[list[object]]:

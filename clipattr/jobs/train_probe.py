@@ -4,6 +4,7 @@ import csv
 import io
 import logging
 import math
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,11 +19,24 @@ from clipattr.config.schema import TrainProbe
 from clipattr.data.pixels import Pixels
 from clipattr.jobs.class_head import Classes
 from clipattr.jobs.model import load_model
-from clipattr.jobs.probe_choice import Choice, choose, describe_quality, towards_text
+from clipattr.jobs.probe_choice import (
+    Choice,
+    check_finite,
+    choose,
+    describe_quality,
+    towards_text,
+)
 from clipattr.jobs.probe_convex import fit_method, fit_path
 from clipattr.jobs.probe_features import FeatureReader, describe_codes, describe_site
-from clipattr.jobs.probe_sets import ProbeRows, ProbeSet, read_rows, read_set
-from clipattr.jobs.probe_sgd import fit_sgd
+from clipattr.jobs.probe_sets import (
+    ProbeRows,
+    ProbeSet,
+    check_sets,
+    open_cue,
+    read_rows,
+    read_set,
+)
+from clipattr.jobs.probe_sgd import build_heads, check_batch, fit_sgd
 from clipattr.jobs.start import Plan, describe_files, describe_model, describe_shards
 from clipattr.probes.features import EmbeddingPart, FeatureSpec, Part
 from clipattr.probes.files import ProbeRecord, save_probe
@@ -41,6 +55,8 @@ class Inputs(NamedTuple):
 
     clip: Clip
     reader: FeatureReader
+    cue_reader: FeatureReader | None
+    """of the codes of the latents that stand for the cue"""
     training: ProbeSet
     validation: ProbeSet | None
     text: LinearProbe | None
@@ -50,35 +66,65 @@ class Inputs(NamedTuple):
 def train_probe(config: TrainProbe, command: list[str]) -> None:
     """Save `<run>/probe.safetensors` with `<run>/probe.json`, metrics.json and path.csv."""
     outputs = ("probe.json", "probe.safetensors", PATH)
-    plan = Plan(config, command, _describe_inputs(config), outputs)
+    classes = _load_classes(config)
+    plan = Plan(config, command, _describe_inputs(config, classes), outputs)
     if plan.is_finished():
         return
     L.seed_everything(config.seed, workers=True, verbose=False)
-    inputs = _load(config)
-    run = plan.open()
-    settings = config.probe
-    if settings.solver is Solver.lbfgs:
-        training, validation = _read_both(config, inputs)
-        if settings.method is GroupMethod.erm:
-            fitted = fit_path(settings, training, inputs.clip.device)
-            choice = choose(fitted, validation, settings.chosen_by.name)
-        else:
-            choice = fit_method(settings, training, validation, config.seed)
+    if config.probe.solver is Solver.lbfgs:
+        _solve(config, plan, _load(config, classes))
     else:
-        start = inputs.text if settings.init is Init.text else None
-        fitted = fit_sgd(config, inputs.reader, inputs.training, start, run.path)
-        if fitted is None:
-            return
-        training, validation = _read_both(config, inputs)
+        _train(config, plan, _load(config, classes))
+
+
+def _solve(config: TrainProbe, plan: Plan, inputs: Inputs) -> None:
+    """What cannot be fitted is known only at the end; until then earlier results stay."""
+    started, settings = time.time(), config.probe
+    training, validation = _read_both(config, inputs)
+    if settings.method is GroupMethod.erm:
+        fitted = fit_path(settings, training, inputs.clip.device)
         choice = choose(fitted, validation, settings.chosen_by.name)
-    if settings.wise_ft:
-        assert inputs.text is not None, "loaded for it"
-        criterion = settings.chosen_by.name
-        choice = towards_text(choice, inputs.text, settings.wise_ft, validation, criterion)
+    else:
+        choice = fit_method(settings, training, validation, config.seed)
+    check_finite(choice.head, training, "penalise more: a smaller probe.C")
+    choice = _move_back(config, inputs, choice, validation)
+    run = plan.open()
+    run.started = started
     _save(config, inputs, run, choice, training, validation)
 
 
-def _describe_inputs(config: TrainProbe) -> dict[str, object]:
+def _train(config: TrainProbe, plan: Plan, inputs: Inputs) -> None:
+    """Several processes read their shares in the training, one process all rows before it."""
+    settings = config.probe
+    read = _read_both(config, inputs) if config.trainer.devices == 1 else None
+    check_batch(config, len(inputs.training.targets if read is None else read[0].targets))
+    start = inputs.text if settings.init is Init.text else None
+    heads = build_heads(config, inputs.reader.width, start)
+    run = plan.open()
+    rows = None if read is None else read[0]
+    fitted = fit_sgd(config, inputs.reader, inputs.training, heads, rows, run.path)
+    if fitted is None:
+        return
+    training, validation = _read_both(config, inputs) if read is None else read
+    choice = choose(fitted, validation, settings.chosen_by.name)
+    check_finite(choice.head, training, "the training diverged, choose a smaller probe.lr")
+    choice = _move_back(config, inputs, choice, validation)
+    _save(config, inputs, run, choice, training, validation)
+
+
+def _move_back(
+    config: TrainProbe, inputs: Inputs, choice: Choice, validation: ProbeRows | None
+) -> Choice:
+    """Towards the text head, where that is asked for."""
+    settings = config.probe
+    if not settings.wise_ft:
+        return choice
+    assert inputs.text is not None, "loaded for it"
+    criterion = settings.chosen_by.name
+    return towards_text(choice, inputs.text, settings.wise_ft, validation, criterion)
+
+
+def _describe_inputs(config: TrainProbe, classes: Classes | None) -> dict[str, object]:
     found: dict[str, object] = {
         "model": describe_model(config.model),
         "shards": describe_shards(config.data.shards, "data.shards"),
@@ -88,17 +134,22 @@ def _describe_inputs(config: TrainProbe) -> dict[str, object]:
     if config.sae is not None:
         names = ("sae.json", "sae.safetensors")
         found["sae"] = describe_files([Path(config.sae) / name for name in names])
+    if classes is not None:
+        found["classes"] = classes.fingerprint
     return found
 
 
-def _load(config: TrainProbe) -> Inputs:
+def _load(config: TrainProbe, classes: Classes | None) -> Inputs:
     clip = load_model(config.model, config.trainer.accelerator)
     reader = _reader(config, clip)
+    cue_reader = open_cue(config, clip)
     training = read_set(config, config.data.shards, "data.shards")
     validation = (
         None if config.validation is None else read_set(config, config.validation, "validation")
     )
-    return Inputs(clip, reader, training, validation, _text(config, clip))
+    check_sets(config, training, validation)
+    text = None if classes is None else _text(config, classes, clip)
+    return Inputs(clip, reader, cue_reader, training, validation, text)
 
 
 def _reader(config: TrainProbe, clip: Clip) -> FeatureReader:
@@ -119,24 +170,31 @@ def _reader(config: TrainProbe, clip: Clip) -> FeatureReader:
     return FeatureReader(FeatureSpec(tuple(parts)), clip, sae)
 
 
-def _text(config: TrainProbe, clip: Clip) -> LinearProbe | None:
+def _load_classes(config: TrainProbe) -> Classes | None:
+    """Those of the text head, where there is one."""
     probe = config.probe
-    if probe.init is not Init.text and not probe.wise_ft:
+    if not probe.needs_text:
         return None
     names = tuple(probe.classes)
-    classes = Classes(
+    return Classes(
         ClassNames(tuple(probe.prompts) or names, names),
-        load_templates(probe.templates, setting="probe.templates"),
+        load_templates("none" if probe.prompts else probe.templates, setting="probe.templates"),
     )
+
+
+def _text(config: TrainProbe, classes: Classes, clip: Clip) -> LinearProbe:
     head = classes.head(clip, config.data.cache, progress=config.trainer.progress)
     return text_probe(head.weights, head.logit_scale)
 
 
 def _read_both(config: TrainProbe, inputs: Inputs) -> tuple[ProbeRows, ProbeRows | None]:
-    training = read_rows(config, inputs.reader, inputs.training, "data.shards")
+    """Of both sets the same threshold says which images have the cue."""
+    readers = (inputs.reader, inputs.cue_reader)
+    training = read_rows(config, *readers, inputs.training, "data.shards")
     if inputs.validation is None:
         return training, None
-    return training, read_rows(config, inputs.reader, inputs.validation, "validation")
+    threshold = training.threshold
+    return training, read_rows(config, *readers, inputs.validation, "validation", threshold)
 
 
 def _save(

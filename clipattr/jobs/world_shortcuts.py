@@ -145,16 +145,23 @@ def measure_cue(
         head: pair_effects(on_task[f"{head}.score"], on_task[f"{head}.without_{cue.name}"])
         for head in HEADS
     }
-    spreads = {head: on_task[f"{head}.score"].std(dim=0, correction=0)[None] for head in HEADS}
+    scores = {head: on_task[f"{head}.score"][:, None] for head in HEADS}
 
-    def measure(effects: dict[str, Tensor], name: str) -> CueEffect:
+    def measure(effects: dict[str, Tensor], name: str, *, same_images: bool) -> CueEffect:
         text, probe = (effects[head][:, None] for head in HEADS)
-        options = {"resamples": resamples, "seed": seed}
         return measure_effects(
-            text, probe, spreads=spreads, names=("cracked",), measure=name, **options
+            text,
+            probe,
+            scores=scores,
+            same_images=same_images,
+            names=("cracked",),
+            measure=name,
+            resamples=resamples,
+            seed=seed,
         )[0]
 
-    effect, removal = measure(pasted, f"{cue.name} pasted"), measure(removed, f"{cue.name} removed")
+    effect = measure(pasted, f"{cue.name} pasted", same_images=False)
+    removal = measure(removed, f"{cue.name} removed", same_images=True)
     return CueEntry(
         cue=cue,
         latents=latents,

@@ -14,9 +14,6 @@ from clipattr.metrics.calibration import N_BINS, calibration_bins
 from clipattr.metrics.groups import GroupCounts, count_groups
 from clipattr.metrics.ranks import auroc
 
-# How far the softmax of float32 may leave [0, 1].
-_ROUNDING = 1e-5
-
 
 class Quality(NamedTuple):
     """One row of a table of classifiers; nan where a number is not defined.
@@ -25,7 +22,7 @@ class Quality(NamedTuple):
     """
 
     accuracy: float
-    """share of images whose own class has the largest probability; the first one on a tie"""
+    """share of images whose own class has the largest logit; the first one on a tie"""
     balanced_accuracy: float
     """mean over the classes with images of the share that is right"""
     auroc: float
@@ -49,7 +46,7 @@ class Quality(NamedTuple):
 
 
 def measure_quality(
-    probabilities: Float[Tensor, "image class"],
+    logits: Float[Tensor, "image class"],
     labels: Int[Tensor, " image"],
     *,
     has_cue: Bool[Tensor, " image"] | None = None,
@@ -59,23 +56,24 @@ def measure_quality(
     """What a classifier does to labelled images, which may be in any order.
 
     Args:
-        probabilities: of two classes or more.
+        logits: of two classes or more; their softmax are the probabilities. Ranks are taken of the
+            log odds, for a probability near 1 is rounded to 1.
         labels: the right classes.
         has_cue: whether the image has the cue; without it what is said about the cue is nan.
         known: whether that is known of the image; without it, of all.
         n_bins: of the calibration error.
     """
-    _check(probabilities, labels)
-    probabilities, labels = probabilities.double().cpu(), labels.long().cpu()
-    n_classes = probabilities.shape[1]
-    is_right = probabilities.argmax(dim=1) == labels
+    _check(logits, labels)
+    logits, labels = logits.double().cpu(), labels.long().cpu()
+    n_classes = logits.shape[1]
+    is_right = logits.argmax(dim=1) == labels
     images = torch.bincount(labels, minlength=n_classes)
     right = torch.bincount(labels[is_right], minlength=n_classes)
     average = Quality(
         accuracy=is_right.sum().item() / len(labels),
         balanced_accuracy=(right.double() / images)[images > 0].mean().item(),
-        auroc=_auroc(probabilities, labels),
-        ece=_calibration_error(probabilities, is_right, n_bins),
+        auroc=_auroc(logits, labels),
+        ece=_calibration_error(logits, is_right, n_bins),
         worst_group=math.nan,
         gap=math.nan,
         auroc_with=math.nan,
@@ -87,7 +85,7 @@ def measure_quality(
     if has_cue is None:
         return average
     is_known = torch.ones_like(is_right) if known is None else known.cpu()
-    return _add_cue(average, probabilities, labels, has_cue.cpu(), is_known, n_bins)
+    return _add_cue(average, logits, labels, has_cue.cpu(), is_known, n_bins)
 
 
 class QualityMetric(Metric):
@@ -97,7 +95,7 @@ class QualityMetric(Metric):
     """
 
     full_state_update = False
-    probabilities: list[Tensor]
+    logits: list[Tensor]
     labels: list[Tensor]
     cues: list[Tensor]
 
@@ -106,23 +104,23 @@ class QualityMetric(Metric):
         super().__init__()
         self.n_classes, self.n_bins = n_classes, n_bins
         # Flat: torchmetrics cannot gather a two-dimensional state when one process has none.
-        for name in ("probabilities", "labels", "cues"):
+        for name in ("logits", "labels", "cues"):
             self.add_state(name, [], dist_reduce_fx="cat")
 
     def update(
         self,
-        probabilities: Float[Tensor, "image class"],
+        logits: Float[Tensor, "image class"],
         labels: Int[Tensor, " image"],
         has_cue: Bool[Tensor, " image"] | None = None,
         known: Bool[Tensor, " image"] | None = None,
     ) -> None:
         """Add images."""
-        if probabilities.shape[1] != self.n_classes:
-            raise ValueError(f"{probabilities.shape[1]} classes given, expected {self.n_classes}")
+        if logits.shape[1] != self.n_classes:
+            raise ValueError(f"{logits.shape[1]} classes given, expected {self.n_classes}")
         cues = torch.full_like(labels, -1, dtype=torch.int64) if has_cue is None else has_cue.long()
         if known is not None:
             cues = torch.where(known, cues, -1)
-        self.probabilities.append(probabilities.detach().double().flatten())
+        self.logits.append(logits.detach().double().flatten())
         self.labels.append(labels.detach().long())
         self.cues.append(cues)
 
@@ -130,7 +128,7 @@ class QualityMetric(Metric):
         """As in torchmetrics, but a process without images takes part with the right dtypes."""
         if isinstance(self.labels, list) and not self.labels:
             for name, dtype in (
-                ("probabilities", torch.float64),
+                ("logits", torch.float64),
                 ("labels", torch.int64),
                 ("cues", torch.int64),
             ):
@@ -139,15 +137,15 @@ class QualityMetric(Metric):
 
     def compute(self) -> Quality:
         """Of all images; DataError when there is none."""
-        probabilities = dim_zero_cat(self.probabilities).reshape(-1, self.n_classes)
+        logits = dim_zero_cat(self.logits).reshape(-1, self.n_classes)
         labels, cues = dim_zero_cat(self.labels), dim_zero_cat(self.cues)
         return measure_quality(
-            probabilities, labels, has_cue=cues == 1, known=cues >= 0, n_bins=self.n_bins
+            logits, labels, has_cue=cues == 1, known=cues >= 0, n_bins=self.n_bins
         )
 
 
-def _check(probabilities: Tensor, labels: Tensor) -> None:
-    n_images, n_classes = probabilities.shape
+def _check(logits: Tensor, labels: Tensor) -> None:
+    n_images, n_classes = logits.shape
     if n_images == 0 or n_classes < 2:
         raise DataError(
             f"quality: {n_images} images and {n_classes} classes; needed are at least 1 and 2"
@@ -157,18 +155,17 @@ def _check(probabilities: Tensor, labels: Tensor) -> None:
             f"quality: labels lie in [{labels.min().item()}, {labels.max().item()}], allowed is "
             f"[0, {n_classes - 1}]"
         )
-    # Written so that nan is among them.
-    is_broken = ~((probabilities >= -_ROUNDING) & (probabilities <= 1 + _ROUNDING)).all(dim=1)
+    is_broken = ~logits.isfinite().all(dim=1)
     if is_broken.any():
         raise DataError(
-            f"quality: {is_broken.sum().item()} of {n_images} images have a probability that is no "
-            "number in [0, 1]; logits need their softmax first"
+            f"quality: {is_broken.sum().item()} of {n_images} images have a logit that is nan or "
+            "infinite"
         )
 
 
 def _add_cue(
     average: Quality,
-    probabilities: Float64[Tensor, "image class"],
+    logits: Float64[Tensor, "image class"],
     labels: Int[Tensor, " image"],
     has_cue: Bool[Tensor, " image"],
     known: Bool[Tensor, " image"],
@@ -176,20 +173,20 @@ def _add_cue(
 ) -> Quality:
     if not known.any():
         return average
-    predictions = probabilities.argmax(dim=1)
+    predictions = logits.argmax(dim=1)
     counts = count_groups(
         predictions=predictions[known],
         labels=labels[known],
         cues=has_cue[known].long(),
-        n_labels=probabilities.shape[1],
+        n_labels=logits.shape[1],
         n_cues=2,
     )
 
     def measure(part: Bool[Tensor, " image"]) -> tuple[float, float]:
         is_right = (predictions == labels)[part]
         return (
-            _auroc(probabilities[part], labels[part]),
-            _calibration_error(probabilities[part], is_right, n_bins),
+            _auroc(logits[part], labels[part]),
+            _calibration_error(logits[part], is_right, n_bins),
         )
 
     auroc_with, ece_with = measure(known & has_cue)
@@ -205,21 +202,37 @@ def _add_cue(
     )
 
 
-def _auroc(probabilities: Float64[Tensor, "image class"], labels: Int[Tensor, " image"]) -> float:
+def _auroc(logits: Float64[Tensor, "image class"], labels: Int[Tensor, " image"]) -> float:
     """Over the classes that some images have and others lack; nan without one."""
-    n_classes = probabilities.shape[1]
+    n_classes = logits.shape[1]
+    odds = log_odds(logits)
     wanted = [1] if n_classes == 2 else range(n_classes)
     areas = [
-        auroc(probabilities[:, [one]], labels == one)
+        auroc(odds[:, [one]], labels == one)
         for one in wanted
         if 0 < int((labels == one).sum()) < len(labels)
     ]
     return torch.cat(areas).mean().item() if areas else math.nan
 
 
+def log_odds(logits: Float64[Tensor, "image class"]) -> Float64[Tensor, "image class"]:
+    """The log of p / (1 - p) of the softmax p: y_c - log(sum of e^y over the other classes).
+
+    It tells images apart whose p is 1 to the last bit.
+    """
+    total = logits.logsumexp(dim=1, keepdim=True)
+    # Of all classes but the first, p is at most 1 / 2: 1 - p keeps its digits.
+    odds = logits - total - torch.log1p(-(logits - total).exp())
+    if not len(logits):
+        return odds
+    top, first = logits.max(dim=1, keepdim=True)
+    others = logits.scatter(1, first, -math.inf).logsumexp(dim=1, keepdim=True)
+    return odds.scatter(1, first, top - others)
+
+
 def _calibration_error(
-    probabilities: Float64[Tensor, "image class"], is_right: Bool[Tensor, " image"], n_bins: int
+    logits: Float64[Tensor, "image class"], is_right: Bool[Tensor, " image"], n_bins: int
 ) -> float:
     # Of no image the largest probability is not defined, and its bins are empty.
-    confidence = probabilities.amax(dim=1).clamp(0.0, 1.0)
+    confidence = logits.softmax(dim=1).amax(dim=1).clamp(0.0, 1.0)
     return calibration_bins(confidence, is_right, n_bins).error

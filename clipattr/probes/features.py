@@ -3,7 +3,7 @@
     embedding, L2-normalised
     embedding, raw
     site(layer=11, stream=residual, tokens=spatial, drawn=all, pool=mean)
-    codes(layer=11, stream=residual, tokens=cls, pool=none, n_latents=4096, sae=SHA256)
+    codes(layer=11, stream=residual, tokens=cls, n_latents=4096, sae=SHA256, pool=none)
 
 Several are joined by ` + `, in the order in which they stand side by side.
 """
@@ -67,6 +67,22 @@ class CodesPart:
 Part = EmbeddingPart | SitePart | CodesPart
 
 
+# What the parts allow; the pool by whether there is one token.
+_STREAMS = (
+    *("residual_before", "heads", "attention", "residual_middle"),
+    *("neurons", "mlp", "residual", "embedding"),
+)
+_WORDS = {"stream": _STREAMS, "tokens": ("cls", "spatial", "all")}
+_LEAST = {"layer": 0, "drawn": 1, "n_latents": 1}
+_NUMBER = re.compile("[0-9]{1,9}")
+_POOLS = {
+    (SitePart, True): ("none",),
+    (SitePart, False): ("none", "mean"),
+    (CodesPart, True): ("none",),
+    (CodesPart, False): ("max", "mean", "sum"),
+}
+
+
 @dataclass(frozen=True)
 class FeatureSpec:
     """One feature, or several side by side."""
@@ -100,6 +116,8 @@ def parse_features(text: str) -> FeatureSpec:
     spec = FeatureSpec(tuple(_parse(part, text) for part in text.split(_JOIN)))
     if str(spec) != text:
         raise CheckpointError(f"feature {text!r}: reads as {str(spec)!r}")
+    if spec.has_tokens and len(spec.parts) > 1:
+        raise CheckpointError(f"feature {text!r}: tokens stand beside nothing; pool=mean")
     return spec
 
 
@@ -122,14 +140,27 @@ def _parse(part: str, text: str) -> Part:
     words = {name: value for name, _, value in pairs}
     if list(words) != [each.name for each in fields(kind)]:
         raise CheckpointError(f"feature {text!r}: {found[1]} has the fields {list(words)}")
-    return kind(**{name: _value(name, word, text) for name, word in words.items()})
+    values = {name: _value(name, word, text) for name, word in words.items()}
+    pools = _POOLS[kind, values["tokens"] == "cls"]
+    if values["pool"] not in pools:
+        raise CheckpointError(
+            f"feature {text!r}: pool is {values['pool']!r} of tokens={values['tokens']}, allowed "
+            f"are {', '.join(pools)}"
+        )
+    return kind(**values)
 
 
 def _value(name: str, word: str, text: str) -> Any:
     if name == "drawn" and word == "all":
         return None
-    if name not in ("layer", "drawn", "n_latents"):
+    if name in _WORDS and word not in _WORDS[name]:
+        allowed = ", ".join(_WORDS[name])
+        raise CheckpointError(f"feature {text!r}: {name} is {word!r}, allowed are {allowed}")
+    if name not in _LEAST:
         return word
-    if not word.isdecimal():
-        raise CheckpointError(f"feature {text!r}: {name} is {word!r}, expected a whole number")
+    if not _NUMBER.fullmatch(word) or int(word) < _LEAST[name]:
+        raise CheckpointError(
+            f"feature {text!r}: {name} is {word!r}, expected a whole number, at least "
+            f"{_LEAST[name]}"
+        )
     return int(word)

@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from clipattr.errors import CheckpointError, ConfigError
 from clipattr.files import check_field, check_model, check_tensors, load_weights, save_weights
 from clipattr.probes.features import EMBEDDING
@@ -97,16 +100,47 @@ def load_head(
         found = {**found, "kind": "linear", "settings": {"d_in": found["d_in"]}}
     if expected_model is not None:
         check_model(path, found["model"], expected_model)
-    if not isinstance(found["class_names"], list):
-        raise CheckpointError(f"{path}: class_names must be a list")
     found = {"is_multilabel": False, "preprocess": "", **found}
-    if not isinstance(found["is_multilabel"], bool):
-        raise CheckpointError(f"{path}: is_multilabel must be true or false")
+    _check_types(path, found)
     record = ProbeRecord(**{name: found[name] for name in _RECORD_FIELDS})
-    probe = _build(path, found["kind"], found["settings"], len(record.class_names))
-    check_tensors(path.with_suffix(".safetensors"), tensors, probe.state_dict())
+    _check_sizes(path, found["settings"], tensors)
+    what = (path, found["kind"], found["settings"], len(record.class_names))
+    # Shapes are compared before there is memory for them: a file may claim any size.
+    with torch.device("meta"):
+        expected = _build(*what).state_dict()
+    check_tensors(path.with_suffix(".safetensors"), tensors, expected)
+    if broken := [name for name, one in tensors.items() if not bool(one.isfinite().all())]:
+        raise CheckpointError(
+            f"{path.with_suffix('.safetensors')}: {', '.join(broken)} holds numbers that are not "
+            "finite; train the probe again"
+        )
+    probe = _build(*what)
     probe.load_state_dict(tensors)
     return probe, record
+
+
+def _check_types(path: Path, found: Mapping[str, Any]) -> None:
+    names = found["class_names"]
+    if not isinstance(names, list) or not names or not all(isinstance(one, str) for one in names):
+        raise CheckpointError(f"{path}: class_names is {names!r}, must be a list of texts")
+    for name in ("feature", "label_field", "data_fingerprint", "preprocess"):
+        if not isinstance(found[name], str):
+            raise CheckpointError(f"{path}: {name} is {found[name]!r}, must be a text")
+    for name in ("model", "metrics"):
+        if not isinstance(found[name], dict):
+            raise CheckpointError(f"{path}: {name} is {found[name]!r}, must be a JSON object")
+    if not isinstance(found["is_multilabel"], bool):
+        raise CheckpointError(f"{path}: is_multilabel must be true or false")
+
+
+def _check_sizes(path: Path, settings: Any, tensors: Mapping[str, Tensor]) -> None:
+    """No size may be larger than all numbers that are there; past 64 bits it is no size at all."""
+    n_numbers = sum(one.numel() for one in tensors.values())
+    sizes = settings.values() if isinstance(settings, dict) else ()
+    if any(type(size) is int and size > n_numbers for size in sizes):
+        raise CheckpointError(
+            f"{path}: settings are {settings!r}, and its tensors hold {n_numbers} numbers"
+        )
 
 
 def _describe(probe: Head) -> tuple[str, dict[str, int], int]:

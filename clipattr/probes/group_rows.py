@@ -11,7 +11,13 @@ from torch import Tensor
 from clipattr.errors import ConfigError, DataError
 from clipattr.probes.linear import LinearProbe, from_columns
 from clipattr.probes.logistic import Solution
-from clipattr.probes.selection import best, score
+from clipattr.probes.selection import (
+    best,
+    best_within_error,
+    log_loss,
+    score,
+    standard_error,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -86,15 +92,27 @@ def check_rows(rows: GroupRows, n_classes: int, what: str) -> None:
 
 
 def need_groups(
-    rows: GroupRows, validation: GroupRows | None, method: str, *, least: int = 1
+    rows: GroupRows,
+    validation: GroupRows | None,
+    method: str,
+    *,
+    least: int = 1,
+    n_groups: int | None = None,
 ) -> Int[Tensor, " row"]:
-    """The groups; raises where there are none, or one has fewer rows than `least`."""
+    """The groups; raises where there are none, or one has fewer rows than `least`.
+
+    n_groups: how many there are; None: as many as the largest number that occurs says.
+    """
     if rows.groups is None:
         raise DataError(f"{method} needs the group of each row: give groups, or infer them")
     sets = [rows.groups]
     if validation is not None and validation.groups is not None:
         sets.append(validation.groups)
-    n_groups = max(int(one.max()) for one in sets) + 1
+    n_seen = max(int(one.max()) for one in sets) + 1
+    if n_groups is None:
+        n_groups = n_seen
+    if n_seen > n_groups:
+        raise DataError(f"{method}: a group has the number {n_seen - 1}, of {n_groups} groups")
     counts = torch.bincount(rows.groups, minlength=n_groups).tolist()
     if few := [f"group {i} has {n}" for i, n in enumerate(counts) if n < least]:
         raise DataError(
@@ -111,8 +129,12 @@ def choose(
     *,
     criterion: str,
     n_classes: int,
+    by_loss: bool = False,
 ) -> Fitted:
-    """The best on the validation rows, of equals the strongest penalty."""
+    """The best on the validation rows, of equals the strongest penalty.
+
+    by_loss: of those within a standard error of the best, the one with the smallest log loss there.
+    """
     if validation is None and len(candidates) > 1:
         raise ConfigError(
             f"{len(candidates)} fits to choose from, and no validation rows: give these, or one "
@@ -123,7 +145,9 @@ def choose(
         float("nan") if validation is None else _score(one.solution, validation, criterion)
         for one in ordered
     ]
-    number = 0 if validation is None else best(scores)
+    number = 0
+    if validation is not None:
+        number = _best_by_loss(ordered, scores, validation, criterion) if by_loss else best(scores)
     trials = [
         Trial(one.solution.C, one.details, value, one.solution.gap, one.solution.converged)
         for one, value in zip(ordered, scores, strict=True)
@@ -139,10 +163,30 @@ def choose(
     return Fitted(probe, chosen.C, scores[number], ordered[number].details, trials)
 
 
+def _best_by_loss(
+    ordered: Sequence[Candidate], scores: Sequence[float], rows: GroupRows, criterion: str
+) -> int:
+    errors, losses = list[float](), list[float]()
+    for one in ordered:
+        predicted = predict(one.solution, rows.features)
+        errors.append(standard_error(predicted, rows.labels, criterion, rows.groups))
+        losses.append(log_loss(_logits(one.solution, rows.features), rows.labels, rows.groups))
+    return best_within_error(scores, errors, losses)
+
+
 def predict(solution: Solution, features: Float[Tensor, "row feature"]) -> Int[Tensor, " row"]:
     """The class number with the largest logit."""
+    return _logits(solution, features).argmax(dim=1)
+
+
+def _logits(
+    solution: Solution, features: Float[Tensor, "row feature"]
+) -> Float[Tensor, "row class"]:
+    """Of a binary task that of the first class is 0."""
     logits = torch.addmm(solution.bias.float(), features.float(), solution.weight.float().T)
-    return (logits[:, 0] > 0).long() if len(solution.bias) == 1 else logits.argmax(dim=1)
+    if len(solution.bias) > 1:
+        return logits
+    return torch.cat([torch.zeros_like(logits), logits], dim=1)
 
 
 def _score(solution: Solution, rows: GroupRows, criterion: str) -> float:

@@ -4,6 +4,7 @@ A group is one label with one state of a cue. What is chosen, is chosen on valid
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 from clipattr.errors import ConfigError, DataError
 from clipattr.probes.group_dro import fit_group_dro
@@ -36,8 +37,10 @@ def fit_groups(
     seed: int = 0,
     start: LinearProbe | None = None,
     upweights: Sequence[float] = UPWEIGHTS,
+    by_loss: bool = False,
+    n_groups: int | None = None,
 ) -> Fitted:
-    """Fit for every C (and setting of the method) and keep the best on `validation`.
+    """Fit for every C (and setting of the method); the best on `validation`, for raw features.
 
     erm: every row counts alike. balanced: every group counts alike, rows weighted by 1 / size of
     their group, which is the full-batch equal of drawing groups alike. group_dro: the group with
@@ -56,32 +59,29 @@ def fit_groups(
         seed: of the subsets of dfr.
         start: first model of jtt in place of fitted ones; others end where they do from any start.
         upweights: of jtt, to choose from.
-
-    Returns:
-        The probe, for raw features, on the CPU, with all that was tried.
+        by_loss: of the fits within one standard error of the best on `validation`, take that with
+            the smallest log loss there, and not the strongest penalty of the best.
+        n_groups: all of them need rows; None: the largest number that occurs is the last one.
     """
     _check_method(method, start)
     _check(rows, validation, n_classes)
+    path = partial(fit_weighted, rows, n_classes, Cs, standardise=standardise)
+    groups = partial(need_groups, rows, validation, method, n_groups=n_groups)
     candidates: list[Candidate]
     match method:
         case "erm":
-            path = fit_weighted(rows, n_classes, Cs, standardise=standardise)
-            candidates = [Candidate(one, {}) for one in path]
+            candidates = [Candidate(one, {}) for one in path()]
         case "balanced":
-            weights = balance(need_groups(rows, validation, method))
-            path = fit_weighted(rows, n_classes, Cs, weights=weights, standardise=standardise)
-            candidates = [Candidate(one, {}) for one in path]
+            candidates = [Candidate(one, {}) for one in path(weights=balance(groups()))]
         case "group_dro":
-            groups = need_groups(rows, validation, method)
-            candidates = fit_group_dro(rows, groups, n_classes, Cs, standardise=standardise)
+            candidates = fit_group_dro(rows, groups(), n_classes, Cs, standardise=standardise)
         case "dfr":
-            groups = need_groups(rows, validation, method, least=2)
-            candidates = fit_subsets(rows, groups, n_classes, Cs, seed=seed)
+            candidates = fit_subsets(rows, groups(least=2), n_classes, Cs, seed=seed)
         case _:  # jtt, as checked above
             candidates = fit_twice(
                 rows, n_classes, Cs, upweights=upweights, standardise=standardise, start=start
             )
-    return choose(candidates, validation, criterion=criterion, n_classes=n_classes)
+    return choose(candidates, validation, criterion=criterion, n_classes=n_classes, by_loss=by_loss)
 
 
 def _check_method(method: str, start: LinearProbe | None) -> None:

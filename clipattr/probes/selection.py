@@ -1,10 +1,12 @@
 """How good predictions are, and which member of a path or grid is best, on validation rows."""
 
+import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from clipattr.errors import ConfigError, DataError
 
@@ -43,6 +45,55 @@ def best(scores: Sequence[float]) -> int:
     if not scores or any(one != one for one in scores):
         raise DataError(f"cannot choose by the scores {list(scores)}")
     return max(range(len(scores)), key=lambda number: scores[number])
+
+
+def standard_error(
+    predicted: Int[Tensor, " row"],
+    labels: Int[Tensor, " row"],
+    criterion: str = "accuracy",
+    groups: Int[Tensor, " row"] | None = None,
+) -> float:
+    """Of `score`, rows as binomial draws: of a worst group, that of the rate p of its n rows.
+
+    sqrt(p (1 - p) / n); of a mean of rates the root of the sum of their squares over their number.
+    """
+    rate = score(predicted, labels, criterion, groups)
+    is_right = predicted == labels
+    if criterion == "accuracy":
+        return math.sqrt(rate * (1 - rate) / len(labels))
+    sets = labels if criterion == "balanced_accuracy" or groups is None else groups
+    counts = sets.unique(return_counts=True)[1].tolist()
+    variances = [p * (1 - p) / n for p, n in zip(_rates(is_right, sets), counts, strict=True)]
+    if criterion == "balanced_accuracy":
+        return math.sqrt(sum(variances)) / len(variances)
+    rates = _rates(is_right, sets)
+    return math.sqrt(variances[rates.index(min(rates))])
+
+
+def log_loss(
+    logits: Float[Tensor, "row class"],
+    labels: Int[Tensor, " row"],
+    groups: Int[Tensor, " row"] | None = None,
+) -> float:
+    """Mean of -log p(label) over the rows; with groups the mean of their means."""
+    losses = cross_entropy(logits.double(), labels.long(), reduction="none")
+    if groups is None:
+        return float(losses.mean())
+    _, place, counts = groups.unique(return_inverse=True, return_counts=True)
+    return float((torch.bincount(place, weights=losses) / counts).mean())
+
+
+def best_within_error(
+    scores: Sequence[float], errors: Sequence[float], losses: Sequence[float]
+) -> int:
+    """The smallest loss among the members within one standard error of the best score.
+
+    Those cannot be told apart by the score, and a score that counts right rows says nothing of how
+    good the probabilities are.
+    """
+    top = best(scores)
+    within = [n for n, one in enumerate(scores) if one >= scores[top] - errors[top]]
+    return min(within, key=lambda number: losses[number])
 
 
 def _rates(is_right: Bool[Tensor, " row"], sets: Int[Tensor, " row"]) -> list[float]:

@@ -21,10 +21,10 @@ from clipattr.errors import ConfigError, DataError
 HEADS = ("text", "probe")
 FEWEST = 5
 """Images in which a latent must fire for a test of its mean."""
-NEAR = 5
-"""Placebos are drawn from so many candidates."""
-# Of a variance that is a difference of sums in float64: what is smaller is rounding.
-_ROUNDING = 1e-14
+# Heads are rounded to float32 once, with one sign in all images: no number of images shows more
+# than this of an excess (of the larger effect), nor a smaller standard error (of the RMS).
+_LEAST_EXCESS = 1e-5
+_LEAST_ERROR = 1e-6
 
 
 class LatentSums(NamedTuple):
@@ -88,7 +88,8 @@ def rank_amplified(
 
     z = excess / standard error of the paired difference. The sign of the probe's effect is taken
     from the same images, so that p is twice the probability of a larger z: where the latent does
-    nothing to the text head, an excess of either sign counts. Spreads are taken as known.
+    nothing to the text head, an excess of either sign counts. Spreads are taken as known. An excess
+    below 1e-5 of the larger effect is rounding: z = 0 and p = 1.
 
     Args:
         sums: of `ShortcutCallback`.
@@ -124,10 +125,10 @@ def _test(
     excess = probe.abs() - text.abs()
     # Of d_i = sign(probe) R_probe,i / d_probe - sign(text) R_text,i / d_text, whose mean it is.
     second = square - 2 * probe.sign() * text.sign() * cross
-    variance = torch.maximum(second - excess.square(), _ROUNDING * square)
-    standard_error = (variance / n).sqrt()
-    # Attributions that are 0 in every image: an excess of 0, surely.
-    z = torch.where(standard_error > 0, excess / standard_error, 0.0)
+    variance = (second - excess.square()).clamp(min=0) / n
+    standard_error = torch.maximum(variance, _LEAST_ERROR**2 * square).sqrt()
+    is_more = excess.abs() > _LEAST_EXCESS * torch.maximum(text.abs(), probe.abs())
+    z = torch.where(is_more, excess / standard_error, 0.0)
     p = torch.special.erfc(z / math.sqrt(2)).clamp(max=1)
     return _Tests(text, probe, excess, standard_error, z, p)
 
@@ -160,34 +161,3 @@ def benjamini_hochberg(p: Float[Tensor, " test"], level: float) -> Bool[Tensor, 
     if len(passes):
         is_significant[order[: int(passes.max()) + 1]] = True
     return is_significant
-
-
-def placebo_latents(
-    energy: Float[Tensor, " latent"],
-    cue: Int[Tensor, " cue"],
-    is_excluded: Bool[Tensor, " latent"],
-    *,
-    seed: int,
-) -> Int[Tensor, " cue"]:
-    """As many other latents as the cue has, of about the same energy: a change as large.
-
-    For each latent of the cue, the largest energy first, one is drawn of those that are nearest on
-    a logarithmic scale; none is drawn twice, and none that never fires.
-    """
-    allowed = (energy > 0) & ~is_excluded
-    allowed[cue] = False
-    if int(allowed.sum()) < len(cue):
-        raise DataError(
-            f"a placebo of {len(cue)} latents: {int(allowed.sum())} of {len(energy)} fire and are "
-            "neither of the cue nor excluded"
-        )
-    generator = torch.Generator().manual_seed(seed)
-    logs = energy.double().clamp(min=torch.finfo(torch.float64).tiny).log().cpu()
-    allowed, chosen = allowed.cpu(), torch.empty_like(cue)
-    for place in logs[cue.cpu()].argsort(descending=True, stable=True).tolist():
-        distance = (logs - logs[cue[place]]).abs().masked_fill(~allowed, torch.inf)
-        near = distance.argsort(stable=True)[: min(NEAR, int(allowed.sum()))]
-        drawn = near[torch.randint(len(near), (1,), generator=generator)]
-        chosen[place] = drawn
-        allowed[drawn] = False
-    return chosen

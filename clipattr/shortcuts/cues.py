@@ -158,18 +158,29 @@ class CueGroups(NamedTuple):
 
     def warnings(self) -> list[str]:
         """What of a table of groups cannot be measured, or hardly."""
-        found: list[str] = []
-        for label, name in enumerate(self.classes):
-            for state, words in enumerate(("without", "with")):
-                count = int(self.counts[label, state])
-                group = f"{name!r} {words} {self.cue}"
-                if count == 0:
-                    found.append(f"no image is {group}: what the cue does there is not measured")
-                elif count < FEW:
-                    found.append(f"{count} images are {group}: an accuracy over them says little")
+        found = self._small()
         if self.n_unknown:
             found.append(f"{self.n_unknown} images say nothing of {self.cue} and are left out")
         return found
+
+    def _small(self) -> list[str]:
+        """One line, however many groups: of a hundred classes half may be small."""
+        flat = self.counts.flatten()
+        small = int((flat < FEW).sum())
+        if not small:
+            return []
+        place = int(flat.argmin())
+        name = f"{self.classes[place // 2]!r} {('without', 'with')[place % 2]} {self.cue}"
+        if small == 1:
+            return [f"the group {name} has {_count(flat[place])}: an accuracy over it says little"]
+        return [
+            f"{small} of {len(flat)} groups have fewer than {FEW} images, fewest {name} "
+            f"({_count(flat[place])}): an accuracy over them says little"
+        ]
+
+
+def _count(n: Tensor) -> str:
+    return "1 image" if int(n) == 1 else f"{int(n) or 'no'} images"
 
 
 def group_images(

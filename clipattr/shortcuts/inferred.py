@@ -65,19 +65,29 @@ def infer_groups(
     return InferredGroups(groups, cue, counts)
 
 
-def infer_cue(activation: Float[Tensor, " image"]) -> InferredCue:
-    """From the activation of the cue's latents in each image (sum or maximum; 0 is silent)."""
+def infer_cue(activation: Float[Tensor, " image"], threshold: float | None = None) -> InferredCue:
+    """From the activation of the cue's latents in each image (sum or maximum; 0 is silent).
+
+    The rule is found in these images, unless the threshold of other images is given: sets that are
+    compared need the same one, or a latent that fires in 89 % of one and 91 % of the other means
+    two things.
+    """
     values = activation.double()
     if not bool((values.isfinite() & (values >= 0)).all()):
         raise DataError("activations of a cue must be finite and not below 0")
+    if threshold is None:
+        threshold = _find_threshold(values)
+    has_cue = values > threshold
+    return InferredCue(has_cue, threshold, _separation(values, has_cue))
+
+
+def _find_threshold(values: Float64[Tensor, " image"]) -> float:
     n_firing = int((values > 0).sum())
     if n_firing == 0:
         raise DataError(
             f"the cue's latents fire in none of {len(values)} images: they tell no groups apart"
         )
-    threshold = 0.0 if n_firing < NEARLY_ALL * len(values) else split_in_two(values)
-    has_cue = values > threshold
-    return InferredCue(has_cue, threshold, _separation(values, has_cue))
+    return 0.0 if n_firing < NEARLY_ALL * len(values) else split_in_two(values)
 
 
 def split_in_two(values: Float64[Tensor, " image"]) -> float:

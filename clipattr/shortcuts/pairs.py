@@ -158,3 +158,10 @@ def move_region(
 def _check_keys(images: Images, keys: Sequence[str]) -> None:
     if len(images) != len(keys):
         raise DataError(f"{len(images)} images and {len(keys)} keys: each image needs its own")
+    if images.is_floating_point() and len(images):
+        low, high = images.aminmax()
+        if low < 0 or high > 1:
+            raise DataError(
+                f"images lie in [{low:.3g}, {high:.3g}]: must be uint8 or between 0 and 1, as they "
+                "are before the model's normalisation"
+            )

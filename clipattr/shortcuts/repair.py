@@ -20,6 +20,8 @@ from clipattr.errors import DataError
 
 # Variances below this share of the largest are rounding.
 _RANK_TOLERANCE = 1e-10
+# Accuracy that must have been lost before a share of it can be restored.
+_LEAST_LOST = 0.01
 
 
 class Suppression(NamedTuple):
@@ -69,9 +71,13 @@ def find_erasure(
     Least-squares concept erasure (LEACE, Belrose et al. 2023) of one flag z, on rows weighted so
     that every group of label x cue counts the same:
 
-        d = cov(e, z),   r = C^+ d / (d . C^+ d),   C = cov(e)
+        d = cov(e, z),   r = C^+ d / (d . C^+ d),   C = cov(e), shrunk
 
-    Of all r with r . d = 1, which all make the two means equal, this one changes e least. Weighting
+    Of all r with r . d = 1, which all make the two means equal, this one changes e least. It is
+    found for embeddings to come as well: the sample covariance of hardly more images than
+    dimensions is nearly singular by chance, and r would follow the chance. C is therefore the
+    covariance as Ledoit and Wolf (2004) shrink it towards a sphere, the less the more images there
+    are; shrunk all the way r lies along d, an orthogonal projection. Weighting
     is what keeps the label: where the cue goes with it, erasing the cue of unweighted rows erases
     the label as well. d is along the difference of the means with and without, averaged over
     labels; a label that occurs on one side alone says nothing about the cue and is left out.
@@ -81,7 +87,7 @@ def find_erasure(
     mean = weights @ rows
     centred = rows - mean
     difference = (weights * (has_cue.double() - 0.5)) @ centred
-    covariance = (centred * weights[:, None]).T @ centred
+    covariance = shrink_covariance(centred, weights)
     inverse = torch.linalg.pinv(covariance, rtol=_RANK_TOLERANCE, hermitian=True)
     read = inverse @ difference
     along = float(read @ difference)
@@ -91,6 +97,27 @@ def find_erasure(
             "label: there is no direction to erase"
         )
     return Erasure(read / along, difference, mean)
+
+
+def shrink_covariance(
+    centred: Float64[Tensor, "image embed"], weights: Float64[Tensor, " image"]
+) -> Float64[Tensor, "embed embed"]:
+    """(1 - s) C + s mu I of weighted rows with mean 0, the weights with the sum 1.
+
+        C = sum w e e^T,   mu = tr C / d,   s = min(1, sum w^2 |e e^T - C|^2 / |C - mu I|^2)
+
+    s is the expected squared error of C over its distance from the sphere. Reference, with
+    w = 1/n: Ledoit and Wolf 2004, A well-conditioned estimator for large-dimensional covariance
+    matrices.
+    """
+    covariance = (centred * weights[:, None]).T @ centred
+    sphere = torch.eye(len(covariance), dtype=covariance.dtype) * covariance.diagonal().mean()
+    distance = (covariance - sphere).square().sum()
+    fourth = centred.square().sum(dim=1).square()
+    along = ((centred @ covariance) * centred).sum(dim=1)
+    error = weights.square() @ (fourth - 2 * along + covariance.square().sum())
+    shrinkage = 1.0 if distance <= error else float(error / distance)
+    return covariance.lerp(sphere, shrinkage)
 
 
 def direction_erasure(
@@ -134,10 +161,11 @@ def fold_erasure(
 def restored_share(before: float, repaired: float, reference: float) -> float:
     """(repaired - before) / (reference - before): how much of what was lost is back.
 
-    nan where the reference is no better than before: nothing was lost.
+    nan where the reference is not at least one percentage point better than before: a share of
+    hardly anything says nothing.
     """
     lost = reference - before
-    return (repaired - before) / lost if lost > 0 else math.nan
+    return (repaired - before) / lost if lost >= _LEAST_LOST else math.nan
 
 
 def _balance(

@@ -116,6 +116,13 @@ class FinetuneModule(L.LightningModule):
         for end, start in zip(self._all(), self.start, strict=True):
             end.copy_(start.to(end.device).lerp(end, alpha))
 
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether what has learned is, and what it says of a blank image."""
+        assert isinstance(self.cut.trunk, ImageTrunk), "it is that of images"
+        blank = torch.zeros(1, 3, *self.cut.trunk.image_size, device=self._all()[0].device)
+        return all(bool(each.isfinite().all()) for each in [*self._all(), self(blank)])
+
     def _all(self) -> list[nn.Parameter]:
         return [*self.learned, *self.probe.parameters()]
 

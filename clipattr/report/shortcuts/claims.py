@@ -10,7 +10,17 @@ from collections.abc import Sequence
 from clipattr.metrics.intervals import Interval
 from clipattr.report.claims import UNDEFINED, described, direction
 from clipattr.report.formatting import bounds, digits_of, is_defined, number, percent
-from clipattr.report.shortcuts.content import CueResult, EffectRow, ShortcutsContent
+from clipattr.report.shortcuts.content import (
+    AmplifiedLatent,
+    CueResult,
+    EffectRow,
+    ShortcutsContent,
+)
+
+PLACEBO_REMOVAL = "placebo of the removal"
+"""measure of other latents of like energy, taken out"""
+# Of the larger effect.
+_LEAST_EXCESS = 1e-5
 
 
 def headline_effect(cue: CueResult) -> EffectRow | None:
@@ -20,6 +30,28 @@ def headline_effect(cue: CueResult) -> EffectRow | None:
         return None
     rows = [row for row in effects if row.measure == effects[0].measure]
     return max(rows, key=lambda row: row.excess.mean if is_defined(row.excess) else -math.inf)
+
+
+def excess_over_all(row: EffectRow) -> Interval:
+    """Of the headline, which was chosen among the scores of its measure."""
+    return row.excess if row.excess_all is None else row.excess_all
+
+
+def leaning(excess: Interval, text: Interval, probe: Interval) -> int:
+    """Does the probe use it more (1) or less (-1) than the prompt, or is neither shown (0)?
+
+    Who is said to use it more must use it beyond chance; and what is below the rounding of float32
+    is no difference, however narrow its interval.
+    """
+    found = direction(excess)
+    if abs(excess.mean) < _LEAST_EXCESS * max(abs(text.mean), abs(probe.mean)):
+        return 0
+    return found if direction(probe if found > 0 else text) != 0 else 0
+
+
+def is_confirmed(row: AmplifiedLatent) -> bool:
+    """Taking the latent out shows the excess that its attribution promised."""
+    return leaning(row.excess, row.text, row.probe) > 0
 
 
 def quoted(text: str) -> str:
@@ -35,6 +67,8 @@ def times(ratio: Interval) -> str:
 
 def ratio_digits(ratio: Interval) -> int:
     """Fewer for a large ratio, and enough to see on which side of 1 an interval lies."""
+    if abs(ratio.mean - 1) < _LEAST_EXCESS:
+        return 2
     return digits_of(ratio, 1 if abs(ratio.mean) >= 10 else 2, 1.0)
 
 
@@ -42,7 +76,7 @@ def amplification_claim(cue: CueResult) -> str:
     """Does the probe lean on the cue more than the prompt does, and how much more?"""
     row, name = headline_effect(cue), quoted(cue.name)
     if row is None:
-        return f"No effect of {name} was measured."
+        return _by_groups(cue, name)
     if not all(is_defined(each) for each in (row.text, row.probe, row.excess)):
         return f"Whether the probe leans on {name} more than the prompt does is {UNDEFINED}."
     if not is_defined(row.amplification):
@@ -55,7 +89,11 @@ def amplification_claim(cue: CueResult) -> str:
         0: f"That the probe leans on {name} more than the prompt does is not shown: it does "
         f"{ratio} as much.",
         -1: f"The probe leans on {name} less than the prompt does: {ratio} as much.",
-    }[direction(row.excess)]
+    }[_leaning(row)]
+
+
+def _leaning(row: EffectRow) -> int:
+    return leaning(excess_over_all(row), row.text, row.probe)
 
 
 def _against(row: EffectRow, name: str) -> str:
@@ -66,8 +104,24 @@ def _against(row: EffectRow, name: str) -> str:
         1: f"and more strongly: {size} as much",
         0: f"and it is not shown that it does so more strongly: {size} as much",
         -1: f"and less strongly: {size} as much",
-    }[direction(row.excess)]
+    }[_leaning(row)]
     return f"The probe reacts to {name} in the direction opposite to the prompt's, {strength}."
+
+
+def _by_groups(cue: CueResult, name: str) -> str:
+    """No image is shown with and without it; its groups may say something all the same."""
+    found = [row for row in cue.quality if not math.isnan(row.worst_group)]
+    if not found:
+        return f"No effect of {name} was measured."
+    parts = [
+        f"{'prompts' if row.name == 'text' else row.name}: {percent(row.worst_group)} of the worst "
+        f"group, {percent(row.accuracy)} on average"
+        for row in found
+    ]
+    return (
+        f"What {name} does to an image was not measured (no pairs, no latents, no prompt of it). "
+        f"How often each head is right, by its groups: {'; '.join(parts)}."
+    )
 
 
 def _without_ratio(row: EffectRow, name: str) -> str:
@@ -75,7 +129,7 @@ def _without_ratio(row: EffectRow, name: str) -> str:
     why = "a ratio is not defined"
     if direction(row.text) == 0:
         why += ", because the prompt does not react beyond chance"
-    found = direction(row.excess)
+    found = _leaning(row)
     if found > 0:
         return f"The probe leans on {name} more than the prompt does ({_both(row)}); {why}."
     if found < 0:
@@ -104,12 +158,17 @@ def choice_note(cue: CueResult) -> str:
         return f"Measured by: {row.measure}; score: {row.score}."
     return (
         f"Measured by: {row.measure}; score: {row.score}, the one with the largest excess of "
-        f"{n_scores}, so the number flatters the excess a little."
+        f"{n_scores}, so the numbers flatter a little; that there is an excess is judged by an "
+        f"interval that holds for all {n_scores} at once ({described(excess_over_all(row))})."
     )
 
 
 def placebo_claims(cue: CueResult) -> list[str]:
-    """What the controls do to the probe on the score of the headline."""
+    """What the controls do on the score of the headline.
+
+    Pictures of a placebo show nothing new: they are judged by the effect on the probe. Latents of
+    like energy may be what the task is about, and then move both heads: their excess judges them.
+    """
     row = headline_effect(cue)
     if row is None:
         return []
@@ -117,7 +176,33 @@ def placebo_claims(cue: CueResult) -> list[str]:
     if not placebos:
         return ["No placebo was measured: what any change of this size would do is not known."]
     effects = [each for each in cue.effects if not each.is_placebo and each.score == row.score]
-    return [_placebo_claim(each, effects) for each in placebos]
+    return [
+        _removal_claim(each, effects)
+        if each.measure == PLACEBO_REMOVAL
+        else _placebo_claim(each, effects)
+        for each in placebos
+    ]
+
+
+def _removal_claim(placebo: EffectRow, effects: Sequence[EffectRow]) -> str:
+    name, found = f"Control ({placebo.measure})", described(placebo.excess)
+    if not is_defined(placebo.excess):
+        return f"{name}: whether the probe leans on such latents more is {UNDEFINED}."
+    found_leaning = leaning(placebo.excess, placebo.text, placebo.probe)
+    if found_leaning < 0:
+        return f"{name}: the probe leans less on such latents than the prompt (excess {found})."
+    if found_leaning == 0:
+        return (
+            f"{name}: that the probe leans on such latents more than the prompt does is not shown "
+            f"(excess {found})."
+        )
+    said = f"{name}: the probe leans on such latents more than the prompt does too (excess {found})"
+    cue = next((each.excess for each in effects if each.measure in placebo.measure), None)
+    if cue is None or not is_defined(cue):
+        return f"{said}."
+    if placebo.excess.mean >= cue.mean:
+        return f"{said}, at least as much as on the cue's, so the excess is not the cue's own."
+    return f"{said}, by {_share(placebo.excess.mean / cue.mean)} of the excess of the cue's."
 
 
 def _placebo_claim(placebo: EffectRow, effects: Sequence[EffectRow]) -> str:
@@ -137,8 +222,11 @@ def _placebo_claim(placebo: EffectRow, effects: Sequence[EffectRow]) -> str:
             f"{name}: it moves the probe at least as much as the cue does ({found}), so the effect "
             "is not the cue's own."
         )
-    size = "less than 1\N{NO-BREAK SPACE}%" if share < 0.01 else percent(share, 0)
-    return f"{name}: it moves the probe too ({found}), by {size} of what the cue does."
+    return f"{name}: it moves the probe too ({found}), by {_share(share)} of what the cue does."
+
+
+def _share(share: float) -> str:
+    return "less than 1\N{NO-BREAK SPACE}%" if share < 0.01 else percent(share, 0)
 
 
 def amplified_claim(content: ShortcutsContent) -> str:
@@ -164,10 +252,11 @@ def amplified_claim(content: ShortcutsContent) -> str:
     if first is None:
         return said
     of = f", of {_listed(first.cues)}" if first.cues else ", of no cue that was named"
-    confirmed = "confirms it" if direction(first.excess) > 0 else "does not confirm it"
+    means = f" ({', '.join(first.labels)})" if first.labels else ""
+    confirmed = "confirms it" if is_confirmed(first) else "does not confirm it"
     return (
-        f"{said} The strongest is latent {first.latent}{of}; taking it out {confirmed} (excess "
-        f"{described(first.excess)})."
+        f"{said} The strongest is latent {first.latent}{means}{of}; taking it out {confirmed} "
+        f"(excess {described(first.excess)})."
     )
 
 

@@ -5,6 +5,7 @@ not defined is nan, and its interval three of them. The heads are called "text" 
 order: in the dicts by head and as names of the first two rows of a quality table.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from clipattr.metrics.intervals import Interval
@@ -27,7 +28,16 @@ class EffectRow:
     excess: Interval
     is_placebo: bool
     n: int
-    """pairs, or images"""
+    """pairs, images, or draws of a placebo"""
+    null_high: float = math.nan
+    """size below which 95 % of the effects are that chance has: on probes of shuffled labels; of
+    the placebo of the removal, those on the probe of its draws"""
+    null_share: float = math.nan
+    """share of those effects that are at least as large as that on the probe; of the placebo of the
+    removal, as large as that of the cue's latents"""
+    excess_all: Interval | None = None
+    """the excess with an interval that holds for all scores of the measure at once: what the
+    headline is judged by; None of one score, where it is that of the excess"""
 
 
 @dataclass(frozen=True)
@@ -66,11 +76,13 @@ class PairPicture:
     """by head: without, with, placebo (nan where there is none)"""
     score: str = ""
     """of which score they are; empty where there is but one"""
+    is_cut_out: bool = False
+    """without and placebo are what is left of the picture: another region is cut out"""
 
 
 @dataclass(frozen=True)
 class QualityRow:
-    """A head, or a repaired probe, on the evaluated images; the cue's parts are nan without one."""
+    """A head, or a repaired probe, on the images of a cue; the cue's parts are nan without one."""
 
     name: str
     accuracy: float
@@ -83,6 +95,8 @@ class QualityRow:
     ece: float
     ece_with: float
     ece_without: float
+    accuracy_of_all: float = math.nan
+    """over all evaluated images as they are, where the others are of the pairs"""
 
 
 @dataclass(frozen=True)
@@ -93,10 +107,11 @@ class RepairRow:
     description: str
     quality: QualityRow
     effect: Interval
-    """of the cue on the repaired probe, by the measure and on the score of the cue's headline
-    (`claims.headline_effect`): it stands below that of the probe"""
+    """of the cue on the repaired probe, by the pairs, else by removal, on the score that it moves
+    most: it stands below that of the probe"""
     restored: float
-    """share of the worst-group accuracy below the reference that came back; nan without one"""
+    """share of the worst-group accuracy below the reference that came back; nan where that was
+    less than a percentage point"""
 
 
 @dataclass(frozen=True)
@@ -122,7 +137,7 @@ class CueResult:
 
     name: str
     kinds: list[str]
-    """how it is known: metadata, prompt, latents, overlay, region, pairs"""
+    """how it is known: metadata, prompt, latents, words, overlay, region, pairs"""
     latents: list[int]
     """what stands for it inside the model"""
     effects: list[EffectRow]
@@ -136,6 +151,11 @@ class CueResult:
     repairs: list[RepairRow]
     curves: list[Curve]
     warnings: list[str] = field(default_factory=list)
+    source: str = ""
+    """what says which images have it: metadata, pairs, latents; empty where nothing does. Of pairs,
+    groups, quality, repairs and curves are those of their pictures, both sides of each"""
+    labels: dict[int, list[str]] = field(default_factory=dict)
+    """words for its latents, where an atlas has some"""
 
 
 @dataclass(frozen=True)
@@ -156,6 +176,8 @@ class AmplifiedLatent:
     cues: list[str]
     """names of the cues whose latents it is among"""
     examples: list[bytes]
+    labels: list[str] = field(default_factory=list)
+    """words for it, the best first, where an atlas has some"""
 
 
 @dataclass(frozen=True)

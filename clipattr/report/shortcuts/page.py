@@ -7,7 +7,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from clipattr.atomic import write_text
 from clipattr.metrics.intervals import Interval
 from clipattr.report import formatting
-from clipattr.report.shortcuts import charts, claims, readings
+from clipattr.report.shortcuts import chance, charts, claims, readings
 from clipattr.report.shortcuts.content import ShortcutsContent
 
 
@@ -55,11 +55,17 @@ def _environment() -> Environment:
         is_defined=formatting.is_defined,
         headline_effect=claims.headline_effect,
         ratio_digits=claims.ratio_digits,
+        chance_claims=chance.chance_claims,
+        chance_note=chance.chance_note,
+        pair_change=chance.pair_change,
         amplification_claim=claims.amplification_claim,
         placebo_claims=claims.placebo_claims,
         choice_note=claims.choice_note,
         amplified_claim=claims.amplified_claim,
+        is_confirmed=claims.is_confirmed,
         harm_claims=readings.harm_claims,
+        source_note=readings.source_note,
+        quality_note=readings.quality_note,
         repair_claim=readings.repair_claim,
         calibration_claim=readings.calibration_claim,
         group_heads=readings.group_heads,

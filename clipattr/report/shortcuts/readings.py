@@ -47,6 +47,31 @@ def group_labels(groups: Sequence[GroupRow]) -> list[tuple[str, list[GroupRow]]]
     ]
 
 
+def source_note(cue: CueResult) -> str:
+    """What says which images have the cue, and what follows for reading the groups."""
+    return {
+        "metadata": "Groups from metadata: a column of the data says which images have the cue.",
+        "pairs": (
+            "Groups from pairs: nothing says which of the evaluated images have the cue, so the "
+            "pairs are the groups, each picture once without the cue and once with it. Both states "
+            "of a label show the same pictures; the interval of each is its own."
+        ),
+        "latents": (
+            "Groups inferred from latents: an image has the cue where the cue's latents say so."
+        ),
+    }.get(cue.source, "")
+
+
+def quality_note(cue: CueResult) -> str:
+    """Which images the numbers are of."""
+    if cue.source == "pairs":
+        return (
+            "Over the pictures of the pairs, half with the cue; accuracy over all evaluated "
+            "images as they are stands in a column of its own."
+        )
+    return "Over all evaluated images, and apart on those without and with the cue."
+
+
 def harm_claims(cue: CueResult) -> list[str]:
     """Where each head is worst, against its average over all images."""
     return [_harm_claim(cue, head) for head in group_heads(cue.groups)]
@@ -62,7 +87,9 @@ def _harm_claim(cue: CueResult, head: str) -> str:
         f"{percent(row.accuracy[head].mean)}"
     )
     average = next((each.accuracy for each in cue.quality if each.name == head), math.nan)
-    return said + (f", with {percent(average)} on average." if math.isfinite(average) else ".")
+    over = " over the pairs" if cue.source == "pairs" else ""
+    mean = f", with {percent(average)} on average{over}."
+    return said + (mean if math.isfinite(average) else ".")
 
 
 def points(after: float, before: float) -> str:
@@ -82,14 +109,26 @@ def repair_claim(cue: CueResult) -> str:
     return (
         f"{quoted(best.name)} raises the worst group most: from {percent(before.worst_group)} to "
         f"{percent(best.quality.worst_group)}, average accuracy "
-        f"{points(best.quality.accuracy, before.accuracy)} points.{_came_back(best)}"
+        f"{_averages(cue, best.quality, before)}.{_came_back(best)}"
     )
+
+
+def _averages(cue: CueResult, after: QualityRow, before: QualityRow) -> str:
+    said = f"{points(after.accuracy, before.accuracy)} points"
+    if cue.source != "pairs":
+        return said
+    of_all = points(after.accuracy_of_all, before.accuracy_of_all)
+    return f"{said} over the pairs and {of_all} points over all evaluated images as they are"
 
 
 def _came_back(repair: RepairRow) -> str:
     if not math.isfinite(repair.restored):
         return ""
     return f" {percent(repair.restored, 0)} of what was lost against the reference came back."
+
+
+def _shown(cue: CueResult) -> str:
+    return "pictures of the pairs" if cue.source == "pairs" else "images"
 
 
 def _is_measured(row: QualityRow) -> bool:
@@ -102,7 +141,7 @@ def calibration_claim(cue: CueResult) -> str:
     if row is None or not math.isfinite(row.auroc_with + row.auroc_without):
         return "AUROC with and without the cue is not defined in this run."
     said = (
-        f"AUROC of the {head_name(row.name)}: {number(row.auroc)} over all images, "
+        f"AUROC of the {head_name(row.name)}: {number(row.auroc)} over all {_shown(cue)}, "
         f"{number(row.auroc_without)} without the cue, {number(row.auroc_with)} with it"
     )
     if not math.isfinite(row.ece_with + row.ece_without):
