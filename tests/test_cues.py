@@ -83,7 +83,6 @@ def test_groups_by_a_plain_loop():
             )
             assert groups.counts[label, state] == expected
     assert groups.n_unknown == values.count(2)
-    assert groups.shares[0] == pytest.approx(groups.counts[0, 1] / groups.counts[0].sum())
     assert groups.warnings() == [f"{values.count(2)} images say nothing of f and are left out"]
 
 

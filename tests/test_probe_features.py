@@ -173,7 +173,6 @@ def test_broken_images_have_no_rows(setup: Setup, tmp_path: Path):
 def test_words_are_read_back(parts: tuple):
     spec = FeatureSpec(parts)
     assert parse_features(str(spec)) == spec
-    assert spec.is_embedding == (parts == (NORMALISED,))
     assert (spec.codes is not None) == isinstance(parts[0], CodesPart)
 
 

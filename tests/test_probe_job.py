@@ -123,8 +123,8 @@ def test_groups_may_come_from_latents(setup: Setup):
     probe, _ = load_probe(run)
     right = probe(units(setup, setup.training)).argmax(1) == setup.training.labels
     of_group = right[fires & (setup.training.labels == 1)]
-    if 0.1 < fires.double().mean() < 0.9:
-        assert found["bright"]["with"] == pytest.approx(of_group.double().mean().item())
+    assert 0.1 < fires.double().mean() < 0.9
+    assert found["bright"]["with"] == pytest.approx(of_group.double().mean().item())
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ from clipattr.codes import SparseCodes
 from clipattr.errors import DataError
 from clipattr.shortcuts.amplification import remove_latents
 from clipattr.shortcuts.repair import (
+    Erasure,
     Suppression,
     direction_erasure,
-    erase,
     find_erasure,
     fold_erasure,
     measure_excess,
@@ -32,6 +32,12 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def erase(rows: Tensor, erasure: Erasure, strength: float = 1.0) -> Tensor:
+    """The edit of one row after the other; at part of the strength, of part of it."""
+    read, remove, mean = erasure
+    return torch.stack([e - strength * remove * read.dot(e - mean) for e in rows.double()])
 
 
 def token_codes() -> SparseCodes:
@@ -247,24 +253,14 @@ def test_direction_is_brought_to_its_mean():
     torch.testing.assert_close(amounts.abs(), taken.norm(dim=1) * direction.norm())
 
 
-@pytest.mark.parametrize("strength", [0.0, 0.3, 1.0])
-def test_folding_equals_editing_the_embedding(strength: float):
+def test_folding_equals_editing_the_embedding():
     rows, labels, has_cue = confounded()
     weights, bias = normal(3, N_FEATURES, seed=7), normal(3, seed=8)
     erasure = find_erasure(rows, labels, has_cue)
-    folded = fold_erasure(weights, bias, erasure, strength)
-    expected = erase(rows, erasure, strength) @ weights.T + bias
+    folded = fold_erasure(weights, bias, erasure)
+    expected = erase(rows, erasure) @ weights.T + bias
     torch.testing.assert_close(rows @ folded.weights.T + folded.bias, expected)
-    by_hand = torch.stack(
-        [e - strength * erasure.remove * erasure.read.dot(e - erasure.mean) for e in rows]
-    )
-    torch.testing.assert_close(erase(rows, erasure, strength), by_hand)
-    if strength == 0:
-        assert torch.equal(erase(rows, erasure, 0.0), rows)
-        assert torch.equal(folded.weights, weights)
-        assert torch.equal(folded.bias, bias)
-    else:
-        assert (folded.weights - weights).abs().max() > 0.01
+    assert (folded.weights - weights).abs().max() > 0.01
 
 
 def test_restored_share():

@@ -27,7 +27,7 @@ FOUND = Suppression(torch.tensor([7, 2]), torch.tensor([0.5, -1.25]))
 
 def test_comes_back(tmp_path: Path):
     save_suppression(tmp_path, FOUND, RECORD)
-    found, record = load_suppression(tmp_path, MODEL, SITE)
+    found, record = load_suppression(tmp_path, MODEL)
     assert record == RECORD
     assert torch.equal(found.latents, FOUND.latents)
     assert torch.equal(found.means, FOUND.means)
@@ -37,12 +37,10 @@ def test_comes_back(tmp_path: Path):
     ]
 
 
-def test_other_model_or_site_is_refused(tmp_path: Path):
+def test_another_model_is_refused(tmp_path: Path):
     save_suppression(tmp_path, FOUND, RECORD)
     with pytest.raises(CheckpointError, match="belongs to model"):
         load_suppression(tmp_path, MODEL | {"weights_sha256": "c" * 64})
-    with pytest.raises(CheckpointError, match="site is"):
-        load_suppression(tmp_path, MODEL, SITE | {"layer": 2})
 
 
 TENSORS = {"latents": FOUND.latents, "means": FOUND.means}

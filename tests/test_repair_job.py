@@ -24,8 +24,9 @@ from clipattr.probes import LogisticProbe
 from clipattr.probes.files import ProbeRecord, load_head, load_probe
 from clipattr.probes.linear import LinearProbe
 from clipattr.probes.robust import GroupRows, fit_groups
-from clipattr.shortcuts.repair import Suppression, erase, find_erasure
+from clipattr.shortcuts.repair import Suppression, find_erasure
 from clipattr.shortcuts.suppression_files import FEATURE, SuppressionRecord, load_suppression
+from tests.test_repair import erase
 
 WIDTH, CORE, CUE = 12, 0, 1
 CS = (1.0, 10.0, 100.0)
@@ -324,7 +325,7 @@ def test_files(repaired, tmp_path: Path, method: str):
     with pytest.raises(CheckpointError, match="feature is"):
         load_probe(tmp_path)
     assert load_head(tmp_path)[1].feature == FEATURE
-    assert load_suppression(tmp_path, MODEL, SITE)[1] == SUPPRESSION[1]
+    assert load_suppression(tmp_path, MODEL)[1] == SUPPRESSION[1]
     with pytest.raises(ConfigError, match="saved with its suppression"):
         save_repaired(tmp_path / "other", found, RECORD, None)
     assert not (tmp_path / "other").exists()

@@ -206,9 +206,8 @@ def test_repaired_probes_can_be_loaded(world: World):
     probe, record = load_probe(folder / "project", world.model)
     assert record.class_names == list(TASK_CLASSES)
     assert not torch.equal(probe.weight, load_probe(world.folder / "probe")[0].weight)
-    suppression, found = load_suppression(
-        folder / "suppress", world.model, world.cut.site.to_json()
-    )
+    suppression, found = load_suppression(folder / "suppress", world.model)
+    assert found.site == world.cut.site.to_json()
     assert suppression.latents.tolist() == [0]
     assert found.cue == "tag"
     _, record = load_head(folder / "suppress", world.model)

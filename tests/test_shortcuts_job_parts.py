@@ -18,7 +18,6 @@ from clipattr.config.schema import EVALUATE_JOBS
 from clipattr.data.pixels import Pixels
 from clipattr.jobs.shortcuts_latents import (
     FEWEST,
-    Flags,
     auroc_within,
     count_firing,
     find_separating,
@@ -28,6 +27,7 @@ from clipattr.jobs.shortcuts_latents import (
 from clipattr.main import run_script
 from clipattr.metrics.ranks import auroc
 from clipattr.shortcuts.contrast import contrast_logits
+from clipattr.shortcuts.cues import Cue
 from clipattr.shortcuts.overlay import Kind, Overlay
 from clipattr.shortcuts.pairs import paste_pairs, region_pairs
 from clipattr.spliced import Spliced
@@ -260,7 +260,7 @@ def as_batches(dense: Tensor) -> list[tuple[Tensor, Tensor, Rest]]:
     return [(part, row, Rest()) for part, row in zip(dense.split(64), rows, strict=True)]
 
 
-def mean_of_labels(dense: Tensor, flags: Flags, labels: Tensor) -> Tensor:
+def mean_of_labels(dense: Tensor, flags: Cue, labels: Tensor) -> Tensor:
     """The plain loop: labels with enough images of both kinds, by how many pairs they can make."""
     areas, weights = [], []
     for label in labels.unique():
@@ -281,7 +281,7 @@ def test_latents_of_a_flag_are_those_of_a_dense_auroc(n_labels: int):
     dense = torch.rand(200, 50, generator=generator).clamp(min=0.6) - 0.6
     strength = torch.linspace(0, 1, 50)
     dense = dense + strength * has[:, None] * torch.rand(200, 50, generator=generator)
-    flags = {"a": Flags(has, known), "b": Flags(~has, known)}
+    flags = {"a": Cue(has, known), "b": Cue(~has, known)}
     strata = {name: stratify(each, labels) for name, each in flags.items()}
     found = find_separating(FixedSpliced(50), as_batches(dense), strata, at_least=0.8)
     fired = count_firing(FixedSpliced(50), as_batches(dense), strata)["a"]
@@ -304,7 +304,7 @@ def test_a_latent_of_the_label_does_not_stand_for_a_cue_that_goes_with_it():
     has = labels.bool() == (torch.rand(2000, generator=generator) < 0.95)
     fires = torch.stack([labels.bool(), has], dim=1)
     dense = fires * (0.5 + torch.rand(2000, 2, generator=generator))
-    flags = Flags(has, torch.ones_like(has))
+    flags = Cue(has, torch.ones_like(has))
     # Over all images the latent of the label would tell the cue.
     assert float(auroc(dense, has)[0]) > 0.9
     found = find_separating(
@@ -317,13 +317,13 @@ def test_labels_with_few_images_of_one_kind_have_no_say():
     labels = torch.tensor([0] * 40 + [1] * 40)
     has = torch.zeros(80, dtype=torch.bool)
     has[:FEWEST], has[40 : 40 + FEWEST - 1] = True, True
-    found = stratify(Flags(has, torch.ones_like(has)), labels)
+    found = stratify(Cue(has, torch.ones_like(has)), labels)
     assert found.counts.tolist() == [[40 - FEWEST, FEWEST]]
     assert found.place.tolist() == [0] * 40 + [-1] * 40
     known = torch.ones_like(has)
     known[0] = False
-    assert not len(stratify(Flags(has, known), labels).counts)
-    together = stratify(Flags(has, known), None)
+    assert not len(stratify(Cue(has, known), labels).counts)
+    together = stratify(Cue(has, known), None)
     assert together.counts.tolist() == [[80 - 2 * FEWEST + 1, 2 * FEWEST - 2]]
     assert together.place.tolist() == [-1] + [0] * 79
 
@@ -334,7 +334,7 @@ def test_no_latent_is_left_out_by_the_counts():
         rate = torch.rand(2, 2, generator=generator)
         has = torch.rand(90, generator=generator) < 0.5
         labels = torch.randint(2, (90,), generator=generator)
-        strata = stratify(Flags(has, torch.ones_like(has)), labels)
+        strata = stratify(Cue(has, torch.ones_like(has)), labels)
         values = torch.rand(90, generator=generator) + has
         values = values * (torch.rand(90, generator=generator) < rate[labels, has.long()])
         fired = torch.tensor(

@@ -231,7 +231,8 @@ def test_methods_that_need_flags_have_them(job: MadeJob):
 
 def test_latents_go_to_their_mean_over_all_that_is_learned_from(job: MadeJob):
     folder = job.folder / "runs" / "all" / "repaired" / "mark" / "suppress"
-    suppression, _ = load_suppression(folder, job.identity, SITES["all"].to_json())
+    suppression, record = load_suppression(folder, job.identity)
+    assert record.site == SITES["all"].to_json()
     rows, images = spread(N_LEARNED), job.learned_bytes()
     pasted = marked(images[rows], [LEARNED[row] for row in rows]).with_cue
     with torch.no_grad():

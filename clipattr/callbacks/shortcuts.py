@@ -16,6 +16,7 @@ from clipattr.clip.cut import Rest
 from clipattr.codes import SparseCodes
 from clipattr.errors import ConfigError
 from clipattr.metrics.per_image import PerImage
+from clipattr.probes.linear import linear_logits
 from clipattr.shortcuts.amplification import attribution_share, is_among, remove_latents
 from clipattr.shortcuts.automatic import HEADS, LatentSums
 from clipattr.shortcuts.contrast import check_classes, class_contrasts
@@ -199,10 +200,10 @@ class ShortcutCallback(ReadoutCallback):
         self.result = ShortcutResult(
             rows=rows,
             embeddings=unit.float(),
-            logits={name: self._logits(name, unit) for name in self._heads},
+            logits={name: linear_logits(unit, *head) for name, head in self._heads.items()},
             without={
-                (name, cue): self._logits(name, edited)
-                for name in self._heads
+                (name, cue): linear_logits(edited, *head)
+                for name, head in self._heads.items()
                 for cue, edited in zip(self._cues, without, strict=True)
             },
             cue_attribution=of_cues,
@@ -225,10 +226,6 @@ class ShortcutCallback(ReadoutCallback):
             for cue, of_cue in zip(self._cues, of_cues, strict=True)
         }
         return by_cue, {name: total[:, number] for number, name in numbered}
-
-    def _logits(self, name: str, unit: Float64[Tensor, "image embed"]) -> Tensor:
-        head = self._heads[name]
-        return unit @ head.weights.T + head.bias
 
 
 def _check_heads(heads: Mapping[str, LinearHead], *, automatic: bool, attributed: bool) -> None:

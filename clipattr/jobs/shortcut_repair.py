@@ -18,7 +18,7 @@ from clipattr.errors import ConfigError, DataError
 from clipattr.jobs.repair_fits import Fit, RepairRows, fit_by_groups, fit_cleaned, small_groups
 from clipattr.metrics.quality import Quality, measure_quality
 from clipattr.probes.files import ProbeRecord, save_probe
-from clipattr.probes.linear import LinearProbe
+from clipattr.probes.linear import LinearProbe, linear_logits
 from clipattr.shortcuts.repair import (
     Suppression,
     direction_erasure,
@@ -203,7 +203,9 @@ def _along_line(
     before: LinearProbe, after: LinearProbe, rows: RepairRows
 ) -> Float64[Tensor, "strength image class"]:
     """Logits are linear in the weights: the line between two probes is that of their logits."""
-    start, end = (_logits(each, rows.embeddings) for each in (before, after))
+    start, end = (
+        linear_logits(rows.embeddings, each.weight, each.bias) for each in (before, after)
+    )
     return torch.stack([start.lerp(end, strength) for strength in STRENGTHS])
 
 
@@ -214,19 +216,11 @@ def _along_suppression(
     if rows.cleaned is None or len(rows.cleaned) != len(STRENGTHS):
         raise ValueError(f"evaluated rows are not cleaned at the strengths {STRENGTHS}")
     cleaned = [rows.embeddings, *rows.cleaned[1:]]
-    return torch.stack(
-        [
-            _logits(before, embeddings).lerp(_logits(after, embeddings), strength)
-            for embeddings, strength in zip(cleaned, STRENGTHS, strict=True)
-        ]
-    )
-
-
-@torch.no_grad()
-def _logits(
-    probe: LinearProbe, embeddings: Float[Tensor, "image embed"]
-) -> Float64[Tensor, "image class"]:
-    return embeddings.double() @ probe.weight.double().T + probe.bias.double()
+    found: list[Tensor] = []
+    for embeddings, strength in zip(cleaned, STRENGTHS, strict=True):
+        start, end = (linear_logits(embeddings, each.weight, each.bias) for each in (before, after))
+        found.append(start.lerp(end, strength))
+    return torch.stack(found)
 
 
 def _has_both_sides(rows: RepairRows) -> bool:

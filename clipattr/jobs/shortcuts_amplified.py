@@ -8,7 +8,7 @@ import torch
 from clipattr.callbacks.shortcuts_result import CueEffect
 from clipattr.config.schema import Shortcuts
 from clipattr.jobs.shortcuts_cues import KnownCue
-from clipattr.jobs.shortcuts_effects import Passes, removal_effects
+from clipattr.jobs.shortcuts_effects import Passes, removal_effect
 from clipattr.jobs.shortcuts_inputs import Audited, ImageSet
 from clipattr.jobs.shortcuts_latents import read_activations_of
 from clipattr.jobs.shortcuts_removal import Removed
@@ -75,8 +75,7 @@ def confirm(
             (number, each) for number, each in enumerate(ranking.first, 1) if each.latent == latent
         )
         name = name_of(latent)
-        chosen = slice(estimate.score, estimate.score + 1)
-        (effect,) = removal_effects(config, audited, passes, [removed[name]], name, chosen)
+        effect = removal_effect(config, audited, passes, removed[name], name, estimate.score)
         share = int(sums.fired[latent]) / sums.n_images
         among = [cue.name for cue in cues if latent in cue.latents.tolist()]
         found.append(Confirmed(place, estimate, effect, share, among, rows))

@@ -11,8 +11,8 @@ from clipattr.callbacks.base import Batch
 from clipattr.jobs.shortcuts_cues import KnownCue, flag_sides
 from clipattr.jobs.shortcuts_effects import Passes
 from clipattr.jobs.shortcuts_inputs import ImageSet
-from clipattr.jobs.shortcuts_latents import Flags
 from clipattr.jobs.shortcuts_pairs import WITH, WITHOUT, CuePairs, stack_sides
+from clipattr.shortcuts.cues import Cue
 
 
 class CueImages(NamedTuple):
@@ -22,7 +22,7 @@ class CueImages(NamedTuple):
     embeddings: Float[Tensor, "image embed"]
     """unit rows"""
     labels: Int[Tensor, " image"]
-    flags: Flags
+    flags: Cue
     """whether they have the cue"""
     sources: Int[Tensor, " image"]
     """the sample, or the pair, that each is, or is made of"""
@@ -43,6 +43,6 @@ def evaluated_images(
             torch.arange(len(pairs.keys)).repeat(2),
         )
     rows, unknown = passes.result.rows, torch.zeros(len(images.samples), dtype=torch.bool)
-    flags = cue.flags or Flags(unknown, unknown)
-    chosen = Flags(flags.has[rows], flags.known[rows])
+    flags = cue.flags or Cue(unknown, unknown)
+    chosen = Cue(flags.has[rows], flags.known[rows])
     return CueImages(images.batches, passes.result.embeddings, passes.labels, chosen, rows)

@@ -15,7 +15,6 @@ from clipattr.errors import DataError
 from clipattr.jobs.shortcuts_inputs import Audited, ImageSet
 from clipattr.jobs.shortcuts_latents import (
     FEWEST,
-    Flags,
     find_separating,
     read_activations_of,
     stratify,
@@ -32,7 +31,7 @@ class KnownCue(NamedTuple):
     """A cue, and how it shows on the evaluated images."""
 
     settings: CueConfig
-    flags: Flags | None
+    flags: Cue | None
     """by evaluated image, of metadata or latents"""
     source: Source | None
     """what says which images have it, of which groups are made; None: nothing does"""
@@ -92,16 +91,16 @@ def _add_source(
         cue = _infer(audited, images, learned, cue) if len(cue.latents) else cue
         flags = cue.flags
     if flags is not None:
-        groups = group_images(labels, Cue(*flags), audited.classes, cue.name)
+        groups = group_images(labels, flags, audited.classes, cue.name)
         cue.warnings.extend(groups.warnings())
     return cue
 
 
-def read_flags(cue: CueConfig, images: ImageSet) -> Flags | None:
+def read_flags(cue: CueConfig, images: ImageSet) -> Cue | None:
     """What the field of a cue says of the images; None without a field."""
     if cue.field is None:
         return None
-    return Flags(*read_cue(images.facts, parse_rule(cue.field), keys=images.keys))
+    return read_cue(images.facts, parse_rule(cue.field), keys=images.keys)
 
 
 def _find_latents(
@@ -176,10 +175,10 @@ def _say_why_not(
     )
 
 
-def flag_sides(pairs: CuePairs) -> Flags:
+def flag_sides(pairs: CuePairs) -> Cue:
     """Of `stack_sides`: known of every picture, because it was made so."""
     is_with = torch.arange(2 * len(pairs.keys)) >= len(pairs.keys)
-    return Flags(is_with, torch.ones_like(is_with))
+    return Cue(is_with, torch.ones_like(is_with))
 
 
 def _direction(audited: Audited, prompt: str) -> Float[Tensor, " embed"]:
@@ -196,7 +195,7 @@ def _infer(audited: Audited, images: ImageSet, learned: ImageSet | None, cue: Kn
         learns = "" if learned is None else "repair.shards: "
         return cue._replace(warnings=[*cue.warnings, f"no groups: {learns}{error}"])
     found = infer_flags(audited, images, cue.latents, threshold)
-    flags = Flags(found.has_cue, torch.ones_like(found.has_cue))
+    flags = Cue(found.has_cue, torch.ones_like(found.has_cue))
     warning = f"which images have {cue.name} is inferred from its latents: {found.words}"
     warnings = [*cue.warnings, warning]
     return cue._replace(flags=flags, source="latents", warnings=warnings, threshold=threshold)

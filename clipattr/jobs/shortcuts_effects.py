@@ -25,6 +25,7 @@ from clipattr.jobs.shortcuts_encoding import embed_states
 from clipattr.jobs.shortcuts_inputs import HEADS, PROBE, TEXT, Audited, ImageSet
 from clipattr.jobs.shortcuts_pairs import FEWEST_PAIRS, PLACEBO, WITH, WITHOUT, CuePairs
 from clipattr.jobs.shortcuts_removal import Removed
+from clipattr.probes.linear import linear_logits
 from clipattr.shortcuts.contrast import contrast_logits, remove_direction
 from clipattr.shortcuts.null_heads import NullBand
 
@@ -93,23 +94,22 @@ def _to_cpu(result: ShortcutResult) -> ShortcutResult:
     )
 
 
-def removal_effects(
+def removal_effect(
     config: Shortcuts,
     audited: Audited,
     passes: Passes,
-    removed: Sequence[Removed],
+    removed: Removed,
     measure: str,
-    chosen: slice = slice(None),
-) -> list[CueEffect]:
-    """y(x) - y(x without the latents), over all images; the mean of several sets of latents.
+    score: int,
+) -> CueEffect:
+    """y(x) - y(x without the latents) of one score, over all images.
 
-    Of the chosen scores: with a thousand of them, most of the time goes into their intervals.
+    With a thousand scores, most of the time would go into the intervals of the others.
     """
-    text, probe = (
-        torch.stack([_changes(audited, passes, one, head) for one in removed]).mean(dim=0)
-        for head in HEADS
-    )
-    return _measure(config, audited, passes, text, probe, measure, chosen)
+    text, probe = (_changes(audited, passes, removed, head) for head in HEADS)
+    chosen = slice(score, score + 1)
+    (effect,) = _measure(config, audited, passes, text, probe, measure, chosen)
+    return effect
 
 
 def _changes(audited: Audited, passes: Passes, removed: Removed, head: str) -> Scores:
@@ -219,9 +219,8 @@ def score(audited: Audited, head: str, embeddings: Float[Tensor, "n embed"]) -> 
 def head_logits(
     audited: Audited, head: str, embeddings: Float[Tensor, "n embed"]
 ) -> Float[Tensor, "n class"]:
-    """Of unit embeddings, in float64 on the CPU."""
-    weights, bias = (each.double().cpu() for each in audited.heads[head])
-    return embeddings.double() @ weights.T + bias
+    """Of unit embeddings, in float64."""
+    return linear_logits(embeddings, *audited.heads[head])
 
 
 def direction_scores(audited: Audited, passes: Passes, cue: KnownCue) -> tuple[Scores, Scores]:

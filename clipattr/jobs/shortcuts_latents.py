@@ -11,6 +11,7 @@ from torch import Tensor
 from clipattr.callbacks.base import Batch
 from clipattr.codes import SparseCodes, pool_tokens
 from clipattr.metrics.ranks import auroc
+from clipattr.shortcuts.cues import Cue
 from clipattr.spliced import Spliced
 
 # Candidates whose activations in every image are in memory at a time: 4 bytes each.
@@ -19,13 +20,6 @@ _CHUNK = 1024
 
 # Images of a label, with and without the cue, from which it has a say in what tells them apart.
 FEWEST = 10
-
-
-class Flags(NamedTuple):
-    """Which rows show something, and of which that is known."""
-
-    has: Bool[Tensor, " row"]
-    known: Bool[Tensor, " row"]
 
 
 class Separating(NamedTuple):
@@ -51,7 +45,7 @@ class Strata(NamedTuple):
         return weights / weights.sum()
 
 
-def stratify(flags: Flags, labels: Int[Tensor, " row"] | None) -> Strata:
+def stratify(flags: Cue, labels: Int[Tensor, " row"] | None) -> Strata:
     """By label; all rows together where that is None."""
     labels = torch.zeros_like(flags.has, dtype=torch.int64) if labels is None else labels.long()
     side = 2 * labels + flags.has.long()

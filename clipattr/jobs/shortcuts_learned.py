@@ -17,7 +17,7 @@ from clipattr.jobs.shortcuts_cues import KnownCue, infer_flags, read_flags
 from clipattr.jobs.shortcuts_edits import Edits, cut_out, decode_some, paste
 from clipattr.jobs.shortcuts_encoding import embed_states, encode
 from clipattr.jobs.shortcuts_inputs import Audited, ImageSet, read_images
-from clipattr.jobs.shortcuts_latents import Flags
+from clipattr.shortcuts.cues import Cue
 
 
 class Learned(NamedTuple):
@@ -69,7 +69,7 @@ def images_to_learn(
     return _unedited(learned, flags)
 
 
-def _infer(audited: Audited, learned: Learned, cue: KnownCue) -> Flags:
+def _infer(audited: Audited, learned: Learned, cue: KnownCue) -> Cue:
     if not len(cue.latents):
         return _unknown(learned.images)
     try:
@@ -77,17 +77,17 @@ def _infer(audited: Audited, learned: Learned, cue: KnownCue) -> Flags:
     except DataError as error:  # latents may fire in none of these images
         cue.warnings.append(f"which images of repair.shards have it is not known: {error}")
         return _unknown(learned.images)
-    return Flags(has_cue, torch.ones_like(has_cue))
+    return Cue(has_cue, torch.ones_like(has_cue))
 
 
-def _unknown(images: ImageSet) -> Flags:
+def _unknown(images: ImageSet) -> Cue:
     nothing = torch.zeros(len(images.samples), dtype=torch.bool)
-    return Flags(nothing, nothing)
+    return Cue(nothing, nothing)
 
 
-def _unedited(learned: Learned, flags: Flags) -> CueImages:
+def _unedited(learned: Learned, flags: Cue) -> CueImages:
     images, rows = learned.images, learned.rows
-    chosen = Flags(flags.has[rows], flags.known[rows])
+    chosen = Cue(flags.has[rows], flags.known[rows])
     return CueImages(images.batches, learned.embeddings, images.labels[rows], chosen, rows)
 
 
@@ -108,7 +108,7 @@ def _add_edited(config: Shortcuts, audited: Audited, learned: Learned, cue: Know
     has = torch.zeros_like(is_source) if is_pasted else is_source
     known = torch.ones_like(is_source) if is_pasted else is_source
     of_edited = torch.full((len(edits.rows),), is_pasted)
-    flags = Flags(torch.cat([has, of_edited]), torch.cat([known, torch.ones_like(of_edited)]))
+    flags = Cue(torch.cat([has, of_edited]), torch.cat([known, torch.ones_like(of_edited)]))
     sources = torch.cat([learned.rows, edits.rows])
     return CueImages(
         _Joined(learned.images.batches, [(x, n_images + row, rest) for x, row, rest in batches]),

@@ -37,7 +37,7 @@ from clipattr.jobs.shortcuts_provenance import repaired_fingerprint
 from clipattr.metrics.intervals import Interval, bootstrap_mean
 from clipattr.metrics.quality import Quality
 from clipattr.probes.files import ProbeRecord
-from clipattr.probes.linear import LinearProbe
+from clipattr.probes.linear import LinearProbe, linear_logits
 from clipattr.shortcuts.amplification import standardise
 from clipattr.shortcuts.contrast import contrast_logits
 from clipattr.shortcuts.repair import Suppression, restored_share
@@ -176,7 +176,7 @@ def _read(
     """Logits of a repaired probe, which sees embeddings as they are or with latents suppressed."""
     if suppression is not None:
         embeddings = _suppress(audited, batches, suppression, (1.0,))[-1]
-    return logits_of(probe, embeddings)
+    return linear_logits(embeddings, probe.weight, probe.bias)
 
 
 def _sides(
@@ -222,19 +222,12 @@ def _effect(
     return bootstrap_mean(values, resamples=config.shortcuts.resamples, generator=generator)
 
 
-def logits_of(
-    probe: LinearProbe, embeddings: Float[Tensor, "image embed"]
-) -> Float[Tensor, "image class"]:
-    """In float64, on the CPU."""
-    weights, bias = probe.weight.detach().double().cpu(), probe.bias.detach().double().cpu()
-    return embeddings.double() @ weights.T + bias
-
-
 def measure_reference(audited: Audited, shown: CueImages, text: Quality) -> Quality:
     """What could be reached: a probe that never saw the cue, or else the prompts."""
     if audited.reference is None:
         return text
-    return measure_logits(logits_of(audited.reference, shown.embeddings), shown)
+    weights, bias = audited.reference.weight, audited.reference.bias
+    return measure_logits(linear_logits(shown.embeddings, weights, bias), shown)
 
 
 def save_repairs(

@@ -93,11 +93,6 @@ class FeatureSpec:
         return _JOIN.join(map(str, self.parts))
 
     @property
-    def is_embedding(self) -> bool:
-        """Whether it is the normalised embedding alone, the space of the text head."""
-        return str(self) == EMBEDDING
-
-    @property
     def codes(self) -> CodesPart | None:
         """The part that makes the whole sparse."""
         return next((one for one in self.parts if isinstance(one, CodesPart)), None)

@@ -1,7 +1,7 @@
 """A linear classifier on the normalised image embedding, the simplest head built on CLIP."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -21,6 +21,16 @@ class LinearProbe(nn.Module):
     def forward(self, features: Float[Tensor, "*rows embed"]) -> Float[Tensor, "*rows class"]:
         """Logits of L2-normalised embeddings; normalising is left to who makes the features."""
         return functional.linear(features, self.weight, self.bias)
+
+
+def linear_logits(
+    embeddings: Float[Tensor, "*rows embed"],
+    weights: Float[Tensor, "class embed"],
+    bias: Float[Tensor, " class"],
+) -> Float64[Tensor, "*rows class"]:
+    """What a fixed linear head says, in float64, where the embeddings are."""
+    weights, bias = (each.detach().to(embeddings.device, torch.float64) for each in (weights, bias))
+    return embeddings.double() @ weights.T + bias
 
 
 @torch.no_grad()

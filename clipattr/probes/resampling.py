@@ -55,7 +55,6 @@ def fit_subsets(
     n_classes: int,
     Cs: Sequence[float],
     *,
-    n_subsets: int = N_SUBSETS,
     seed: int = 0,
 ) -> list[Candidate]:
     """Deep feature reweighting: the mean of fits on random subsets with as many of each group.
@@ -69,7 +68,7 @@ def fit_subsets(
     scaled = (rows.features.float() - moments.mean.float()) * factor.float()
     draw = torch.Generator().manual_seed(seed)
     paths: list[list[Solution]] = []
-    for _ in range(n_subsets):
+    for _ in range(N_SUBSETS):
         place = draw_balanced(groups, draw)
         paths.append(fit_weighted(GroupRows(scaled[place], rows.labels[place]), n_classes, Cs))
     n_each = float(torch.bincount(groups).min())

@@ -151,11 +151,6 @@ class CueGroups(NamedTuple):
     classes: tuple[str, ...]
     cue: str
 
-    @property
-    def shares(self) -> list[float]:
-        """Of the images of each label, how many have the cue; nan where there are none."""
-        return (self.counts[:, 1].double() / self.counts.sum(1).double()).tolist()
-
     def warnings(self) -> list[str]:
         """What of a table of groups cannot be measured, or hardly."""
         found = self._small()

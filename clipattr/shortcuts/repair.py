@@ -1,7 +1,7 @@
 """Take a cue away from a classifier: from the activations, or from what a linear head reads.
 
     suppress    x - t sum_{j in s} (a_j - m_j) v_j      latents to their means, or to 0 with m = 0
-    erase       e - t d (r . (e - m)),  r . d = 1       of the unit embedding e; no unit afterwards
+    erase       e - d (r . (e - m)),  r . d = 1         of the unit embedding e; no unit afterwards
 
 t is the strength of the edit: 0 changes nothing. Because what is erased is not brought to unit
 length again, the erasure is affine, and folding it into a linear head is exact: the repaired head
@@ -32,7 +32,7 @@ class Suppression(NamedTuple):
 
 
 class Erasure(NamedTuple):
-    """The edit e - t d (r . (e - m)): what r reads of the cue is taken out along d."""
+    """The edit e - d (r . (e - m)): what r reads of the cue is taken out along d."""
 
     read: Float64[Tensor, " embed"]
     remove: Float64[Tensor, " embed"]
@@ -131,27 +131,15 @@ def direction_erasure(
     return Erasure(unit / length, unit / length, embeddings.double().mean(dim=0))
 
 
-def erase(
-    embeddings: Float[Tensor, "image embed"], erasure: Erasure, strength: float = 1.0
-) -> Float64[Tensor, "image embed"]:
-    """The edit e - strength d (r . (e - m)) of every row."""
-    rows = embeddings.double()
-    amounts = (rows - erasure.mean) @ erasure.read
-    return rows - strength * amounts[:, None] * erasure.remove
-
-
 def fold_erasure(
-    weights: Float[Tensor, "class embed"],
-    bias: Float[Tensor, " class"],
-    erasure: Erasure,
-    strength: float = 1.0,
+    weights: Float[Tensor, "class embed"], bias: Float[Tensor, " class"], erasure: Erasure
 ) -> FoldedHead:
     """The head whose logits of e are those that the given head has of the erased e.
 
-    w' = w - t (w . d) r,   b' = b + t (w . d) (r . m)
+    w' = w - (w . d) r,   b' = b + (w . d) (r . m)
     """
     weights = weights.double()
-    amounts = strength * (weights @ erasure.remove)
+    amounts = weights @ erasure.remove
     return FoldedHead(
         weights - amounts[:, None] * erasure.read,
         bias.double() + amounts * (erasure.read @ erasure.mean),

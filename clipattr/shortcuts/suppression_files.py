@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from clipattr.errors import CheckpointError
-from clipattr.files import check_field, check_model, load_weights, read_sha256, save_weights
+from clipattr.files import check_model, load_weights, read_sha256, save_weights
 from clipattr.shortcuts.repair import Suppression
 
 FEATURE = "embedding, L2-normalised, after suppression"
@@ -45,9 +45,7 @@ def save_suppression(folder: Path | str, found: Suppression, record: Suppression
 
 
 def load_suppression(
-    folder: Path | str,
-    expected_model: Mapping[str, str] | None = None,
-    expected_site: Mapping[str, str | int] | None = None,
+    folder: Path | str, expected_model: Mapping[str, str] | None = None
 ) -> tuple[Suppression, SuppressionRecord]:
     """Read a suppression onto the CPU; whatever does not fit together is refused."""
     folder = Path(folder)
@@ -60,8 +58,6 @@ def load_suppression(
             raise CheckpointError(f"{path}: {name} is {found[name]!r}, expected text")
     if expected_model is not None:
         check_model(path, found["model"], expected_model)
-    if expected_site is not None:
-        check_field(path, "site", found["site"], dict(expected_site))
     suppression = _read_tensors(path.with_suffix(".safetensors"), tensors, found["n_latents"])
     return suppression, SuppressionRecord(**{name: found[name] for name in _FIELDS})
 
