@@ -149,6 +149,14 @@ def test_an_error_is_no_smaller_than_rounding():
     assert first.z == pytest.approx(2e-5 / first.standard_error)
 
 
+def test_what_all_but_cancels_is_rounding_as_well():
+    """An effect that is itself a remainder: its excess is a large part of it, and nothing."""
+    values = 1.0 + 0.1 * draw(4)
+    values[0] = 0.0
+    assert rank_amplified(sum_up(1e-4 * values), flat_spreads()).n_significant > 0
+    assert rank_amplified(sum_up(1e-8 * values), flat_spreads()).n_significant == 0
+
+
 def test_an_attribution_that_never_varies_is_sure():
     values = torch.zeros(2, N_SCORES, N_IMAGES, N_LATENTS, dtype=torch.float64)
     values[0, 0, :, PLANTED], values[1, 0, :, PLANTED] = 1.0, -3.0

@@ -56,17 +56,17 @@ def standard_error(
     """Of `score`, rows as binomial draws: of a worst group, that of the rate p of its n rows.
 
     sqrt(p (1 - p) / n); of a mean of rates the root of the sum of their squares over their number.
+    Of k right rows p is (k + 1) / (n + 2): few rows that are all right are not right for sure.
     """
-    rate = score(predicted, labels, criterion, groups)
     is_right = predicted == labels
     if criterion == "accuracy":
-        return math.sqrt(rate * (1 - rate) / len(labels))
+        return math.sqrt(_variance(score(predicted, labels, criterion, groups), len(labels)))
     sets = labels if criterion == "balanced_accuracy" or groups is None else groups
     counts = sets.unique(return_counts=True)[1].tolist()
-    variances = [p * (1 - p) / n for p, n in zip(_rates(is_right, sets), counts, strict=True)]
+    rates = _rates(is_right, sets)
+    variances = [_variance(rate, n) for rate, n in zip(rates, counts, strict=True)]
     if criterion == "balanced_accuracy":
         return math.sqrt(sum(variances)) / len(variances)
-    rates = _rates(is_right, sets)
     return math.sqrt(variances[rates.index(min(rates))])
 
 
@@ -89,11 +89,16 @@ def best_within_error(
     """The smallest loss among the members within one standard error of the best score.
 
     Those cannot be told apart by the score, and a score that counts right rows says nothing of how
-    good the probabilities are.
+    good the probabilities are. The error is the larger of the two: worst groups differ in size.
     """
     top = best(scores)
-    within = [n for n, one in enumerate(scores) if one >= scores[top] - errors[top]]
+    within = [n for n, one in enumerate(scores) if one >= scores[top] - max(errors[top], errors[n])]
     return min(within, key=lambda number: losses[number])
+
+
+def _variance(rate: float, n: int) -> float:
+    smoothed = (rate * n + 1) / (n + 2)
+    return smoothed * (1 - smoothed) / n
 
 
 def _rates(is_right: Bool[Tensor, " row"], sets: Int[Tensor, " row"]) -> list[float]:

@@ -24,6 +24,7 @@ FEWEST = 5
 # Heads are rounded to float32 once, with one sign in all images: no number of images shows more
 # than this of an excess (of the larger effect), nor a smaller standard error (of the RMS).
 _LEAST_EXCESS = 1e-5
+_LEAST_OF_ALL = 1e-6
 _LEAST_ERROR = 1e-6
 
 
@@ -89,7 +90,7 @@ def rank_amplified(
     z = excess / standard error of the paired difference. The sign of the probe's effect is taken
     from the same images, so that p is twice the probability of a larger z: where the latent does
     nothing to the text head, an excess of either sign counts. Spreads are taken as known. An excess
-    below 1e-5 of the larger effect is rounding: z = 0 and p = 1.
+    below 1e-5 of the larger effect, or 1e-6, is rounding: z = 0 and p = 1.
 
     Args:
         sums: of `ShortcutCallback`.
@@ -127,7 +128,8 @@ def _test(
     second = square - 2 * probe.sign() * text.sign() * cross
     variance = (second - excess.square()).clamp(min=0) / n
     standard_error = torch.maximum(variance, _LEAST_ERROR**2 * square).sqrt()
-    is_more = excess.abs() > _LEAST_EXCESS * torch.maximum(text.abs(), probe.abs())
+    least = (_LEAST_EXCESS * torch.maximum(text.abs(), probe.abs())).clamp(min=_LEAST_OF_ALL)
+    is_more = excess.abs() > least
     z = torch.where(is_more, excess / standard_error, 0.0)
     p = torch.special.erfc(z / math.sqrt(2)).clamp(max=1)
     return _Tests(text, probe, excess, standard_error, z, p)
