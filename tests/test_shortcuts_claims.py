@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from clipattr.metrics.intervals import Interval
-from clipattr.report.shortcuts import claims, readings
+from clipattr.report.shortcuts import chance, claims, readings
 from clipattr.report.shortcuts.page import render
 from tests.shortcuts_content import (
     NAN,
@@ -115,6 +115,9 @@ def test_headline_is_of_the_first_measure_and_the_largest_excess():
     ]
     cue = dataclasses.replace(tag(), effects=rows)
     assert claims.headline_effect(cue) is rows[3]
+    few = [dataclasses.replace(row, excess=UNDEFINED) for row in rows[1:4]]
+    assert claims.headline_effect(dataclasses.replace(cue, effects=[*few, rows[4]])) is rows[4]
+    assert claims.headline_effect(dataclasses.replace(cue, effects=few)) is few[0]
     assert claims.choice_note(cue).startswith("Measured by: pairs; score: two, the one with")
     assert "of 3, so the numbers flatter" in claims.choice_note(cue)
     assert "for all 3 at once (+0.600 [0.550, 0.660])." in claims.choice_note(cue)
@@ -146,8 +149,9 @@ def test_placebos_are_judged_beside_the_cue(effect_of_placebo, words):
     if effect_of_placebo.mean == -0.5:
         assert "by 30\N{NO-BREAK SPACE}% of what the cue does." in said
     unknown = dataclasses.replace(cue.effects[0], probe=UNDEFINED)
+    still = dataclasses.replace(cue.effects[0], probe=AROUND)
     unnamed = dataclasses.replace(placebo, measure="noise")
-    for effects in ([unknown, placebo], [cue.effects[0], unnamed]):
+    for effects in ([unknown, placebo], [still, placebo], [cue.effects[0], unnamed]):
         (said,) = claims.placebo_claims(dataclasses.replace(cue, effects=effects))
         assert "the cue" not in said
 
@@ -176,6 +180,104 @@ def test_a_placebo_of_a_removal_is_judged_by_the_excess(excess, words):
     assert "cue's" not in claims.placebo_claims(alone)[0]
 
 
+@pytest.mark.parametrize(
+    ("cue_excess", "end"),
+    [
+        (Interval(-0.15, -0.2, -0.1), "0.060]), though not on the cue's."),
+        (Interval(0.05, -0.1, 0.2), "0.060]), which is not shown of the cue's."),
+        (Interval(0.02, 0.01, 0.03), "so the excess is not the cue's own."),
+    ],
+)
+def test_an_excess_that_the_cue_lacks_is_not_shared_with_its_placebo(cue_excess, end):
+    removal = dataclasses.replace(effect("removal", 0.3, 0.2), excess=cue_excess)
+    placebo = effect("placebo of the removal", 0.1, 0.2, placebo=True)
+    placebo = dataclasses.replace(placebo, excess=Interval(0.04, 0.02, 0.06))
+    (said,) = claims.placebo_claims(dataclasses.replace(tag(), effects=[removal, placebo]))
+    assert said.endswith(end)
+    is_shared = cue_excess.low > 0
+    assert ("the prompt does too (excess" in said) == is_shared
+    assert ("at least as much" in said) == is_shared
+
+
+def beside_chance(*, n=100, share=0.01, excess=ABOVE, scores=("one",), draws=None):
+    """`draws`: how many, and how many of them are as large."""
+    rows = [
+        dataclasses.replace(
+            effect("pairs", 0.1, 0.5, score=score),
+            probe=ABOVE,
+            excess=excess,
+            null_high=0.4,
+            null_share=share,
+            n_null=n,
+        )
+        for score in scores
+    ]
+    if draws is not None:
+        placebo = effect(claims.PLACEBO_REMOVAL, 0.1, 0.1, score="one", placebo=True)
+        share = draws[1] / draws[0]
+        rows.append(dataclasses.replace(placebo, null_high=0.2, null_share=share, n_null=draws[0]))
+    cue = dataclasses.replace(tag(), effects=rows)
+    return chance.chance_claims(cue), [
+        chance.chance_note(row).replace("\u00a0", " ") for row in rows
+    ]
+
+
+def test_chance_is_counted_in_probes():
+    (said,), (note,) = beside_chance()
+    assert said.replace("\u00a0", " ") == (
+        "Chance does not explain how strongly the probe reacts: 95 % of 100 probes trained on "
+        "shuffled labels react by less than 0.400 standard deviations, and none reacts as "
+        "strongly as the probe."
+    )
+    assert note == "95 % below 0.400; 0 of 100 as large"
+    (said,), _ = beside_chance(n=1000, share=3 / 1001)
+    assert "95\u00a0% of 1,000 probes" in said
+    assert said.endswith("and 2 react as strongly as the probe.")
+    (said,), (note,) = beside_chance(share=90 / 101)
+    assert said == (
+        "That alone does not show that the labels taught it: of 100 probes trained on shuffled "
+        f"labels 89 react to {claims.quoted('tag')} as strongly."
+    )
+    assert note == "95 % below 0.400; 89 of 100 as large"
+
+
+@pytest.mark.parametrize("excess", [AROUND, BELOW])
+def test_without_an_excess_chance_is_a_comparison(excess):
+    (said,), _ = beside_chance(share=90 / 101, excess=excess)
+    assert said.startswith("For comparison: of 100 probes trained on shuffled labels 89 react to")
+
+
+def test_few_probes_claim_nothing():
+    """None of 19 is a chance of one in twenty; one of 20 is less."""
+    assert beside_chance(n=19, share=1 / 20) == ([], ["0 of 19 as large"])
+    (said,), _ = beside_chance(n=20, share=1 / 21)
+    assert said.startswith("Chance does not explain")
+    assert beside_chance(n=0) == ([], ["not defined"])
+
+
+def test_among_scores_every_probe_has_its_own_headline():
+    (said,), _ = beside_chance(scores=("one", "two"))
+    assert "0.400 standard deviations, each on the score of its largest excess, and none" in said
+    (said,), _ = beside_chance(scores=("one", "two"), share=90 / 101)
+    assert said.endswith("as strongly, each on the score of its largest excess.")
+
+
+@pytest.mark.parametrize(
+    ("draws", "words"),
+    [
+        ((30, 3), "Of 30 draws of other latents, 3 move the probe at least as much as the cue's"),
+        ((30, 1), "Of 30 draws of other latents, 1 moves the probe"),
+        ((1, 0), "Of 1 draw of other latents, none moves the probe"),
+    ],
+)
+def test_draws_of_latents_are_counted(draws, words):
+    (_, said), (_, note) = beside_chance(draws=draws)
+    assert said.startswith(words)
+    assert note.endswith(
+        f"{draws[1]} of {draws[0]} as large as the cue\N{RIGHT SINGLE QUOTATION MARK}s"
+    )
+
+
 def test_a_missing_placebo_is_said():
     cue = dataclasses.replace(tag(), effects=tag().effects[:1])
     (said,) = claims.placebo_claims(cue)
@@ -187,6 +289,8 @@ def test_latents_found_without_a_cue():
     content = full_content()
     said = claims.amplified_claim(content)
     assert said.startswith("With no cue named, 17 pairs of a latent and a score are used more")
+    assert "than by the prompt, by attribution (" in said
+    assert "taken out exactly" not in said
     assert "false discovery rate of 5\N{NO-BREAK SPACE}%" in said
     assert (
         f"latent 275, of {claims.quoted('tag')}; taking it out confirms it (excess +0.850" in said
@@ -196,6 +300,13 @@ def test_latents_found_without_a_cue():
         dataclasses.replace(content, amplified=[latent(1, 8, significant=False, cues=[]), weak])
     )
     assert "latent 9, of no cue that was named; taking it out does not confirm it" in said
+    strong = latent(1, 8, significant=True, cues=[])
+    for rows, words in (
+        ([strong, weak], "5\N{NO-BREAK SPACE}%); of the 2 taken out exactly, 1 is confirmed. The"),
+        ([strong, weak, strong], "of the 3 taken out exactly, 2 are confirmed."),
+        ([weak, weak], "of the 2 taken out exactly, none is confirmed."),
+    ):
+        assert words in claims.amplified_claim(dataclasses.replace(content, amplified=rows))
     one = dataclasses.replace(content, amplified=[], n_significant=1)
     assert "1 pair of a latent and a score is used more" in claims.amplified_claim(one)
     assert "strongest" not in claims.amplified_claim(one)

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from clipattr.callbacks.shortcuts_result import UNDEFINED, CueEffect
 from clipattr.clip import image_tower
 from clipattr.config.inputs import DataConfig
 from clipattr.data import build_index, find_shards
@@ -18,6 +20,8 @@ from clipattr.jobs import shortcuts as job_module
 from clipattr.jobs import shortcuts_controls
 from clipattr.jobs.model import embeddings_fingerprint, read_embeddings
 from clipattr.jobs.shortcuts_controls import Controls
+from clipattr.jobs.shortcuts_effects import headline_score
+from clipattr.metrics.intervals import Interval
 from clipattr.probes.files import load_probe, save_probe
 from clipattr.shortcuts.contrast import contrast_logits
 from clipattr.shortcuts.null_heads import null_heads
@@ -82,12 +86,25 @@ def sizes(job: Watched, heads: Tensor, sides: tuple[Tensor, Tensor]) -> Tensor:
     return torch.stack(found).abs()
 
 
-def check_band(effects: dict, nulls: Tensor, judged: dict) -> None:
+def check_band(effects: dict, nulls: Tensor, judged: dict, *, itself: int) -> None:
+    """`itself` is 1 where the judged effect counts as one of those of chance."""
     for number, score in enumerate(SCORES):
-        share = (nulls[:, number] >= abs(judged[score]["probe"]["mean"])).double().mean()
-        assert effects[score]["null_share"] == pytest.approx(float(share))
+        n_as_large = int((nulls[:, number] >= abs(judged[score]["probe"]["mean"])).sum())
+        share = (itself + n_as_large) / (itself + len(nulls))
+        assert effects[score]["null_share"] == pytest.approx(share)
+        assert effects[score]["n_null"] == len(nulls)
         high = float(nulls[:, number].quantile(0.95))
         assert effects[score]["null_high"] == pytest.approx(high, rel=1e-3, abs=1e-5)
+
+
+def check_heads(effects: dict, nulls: Tensor) -> None:
+    """Each head by the score with its largest excess over the prompts."""
+    text = [abs(effects[score]["text"]["mean"]) for score in SCORES]
+    picked = []
+    for head in nulls.tolist():
+        excess = [size - of_text for size, of_text in zip(head, text, strict=True)]
+        picked.append(head[excess.index(max(excess))])
+    check_band(effects, torch.tensor(picked)[:, None].expand(-1, len(SCORES)), effects, itself=1)
 
 
 @torch.no_grad()
@@ -110,15 +127,15 @@ def test_effects_stand_beside_those_on_probes_of_shuffled_labels(job: Watched, f
     moved = (upper - lower).mean(dim=0)
     torch.testing.assert_close(job.controls.changes["some"], moved, rtol=1e-3, atol=1e-6)
     removal = found["cues"]["some"]["effects"]["removal"]
-    check_band(removal, sizes(job, heads, (upper, lower)), removal)
+    check_heads(removal, sizes(job, heads, (upper, lower)))
     pasted = paste_pairs(job.bytes, KEYS, Overlay(Kind.sticker), seed=0)
     plain, marked, placebo = (
         unit(job.encode(getattr(pasted, side))) for side in ("without", "with_cue", "placebo")
     )
     effects = found["cues"]["mark"]["effects"]
-    check_band(effects["pairs"], sizes(job, heads, (marked, plain)), effects["pairs"])
+    check_heads(effects["pairs"], sizes(job, heads, (marked, plain)))
     of_placebo = effects["placebo of the pairs"]
-    check_band(of_placebo, sizes(job, heads, (placebo, plain)), of_placebo)
+    check_heads(of_placebo, sizes(job, heads, (placebo, plain)))
 
 
 def test_placebos_of_the_removal_are_mean_sizes_over_draws(job: Watched, found: dict, monkeypatch):
@@ -144,7 +161,7 @@ def test_placebos_of_the_removal_are_mean_sizes_over_draws(job: Watched, found: 
             wanted = pytest.approx(float(of_head[:, number].mean()), rel=1e-3, abs=1e-5)
             assert effects[score][head]["mean"] == wanted
         assert effects[score]["n"] == N_DRAWS
-    check_band(effects, probe, cue["removal"])
+    check_band(effects, probe, cue["removal"], itself=0)
 
 
 def test_tables_and_the_page_say_it(job: Watched, found: dict):
@@ -173,17 +190,37 @@ def test_fewer_than_ten_pairs_show_nothing(job: Watched):
     assert not any("pairs: what they do" in one for one in found["warnings"])
 
 
+def test_the_headline_is_of_the_first_measure_that_is_defined():
+    """Six pairs say nothing; the removal of the latents still does."""
+
+    def row(measure: str, score: str, excess: float) -> CueEffect:
+        found = Interval(excess, excess, excess)
+        return CueEffect(measure, score, found, found, UNDEFINED, found, found, 6)
+
+    names = ["a", "b", "c"]
+    pairs = [row("pairs", name, math.nan) for name in names]
+    placebo = [row("placebo of the pairs", name, 9.0 - at) for at, name in enumerate(names)]
+    removal = [row("removal", name, at) for name, at in zip(names, (0.1, 0.4, 0.2), strict=True)]
+    direction = [row("direction", name, at) for at, name in enumerate(names)]
+    assert headline_score([*pairs, *placebo, *removal, *direction], names) == 1
+    assert headline_score([*removal[::2], *direction], names) == 2
+    assert headline_score([*pairs, *placebo], names) == headline_score([], names) == 0
+
+
 def test_few_draws_have_no_interval_and_none_can_be_asked_for(job: Watched):
     cue = job.watch("last", "shortcuts.placebos=3", "name=three")["cues"]["some"]
     row = cue["effects"]["placebo of the removal"][SCORES[0]]
     assert row["n"] == 3
     assert row["probe"]["mean"] > 0
     assert row["probe"]["low"] is None
-    cue = job.watch("last", "shortcuts.placebos=0", "name=zero")["cues"]["some"]
+    none = ("shortcuts.placebos=0", "shortcuts.shuffled=0", "name=zero")
+    cue = job.watch("last", *none)["cues"]["some"]
     assert cue["effects"].keys() == {"removal"}
+    row = cue["effects"]["removal"][SCORES[0]]
+    assert (row["null_high"], row["null_share"], row["n_null"]) == (None, None, 0)
 
 
-def test_probes_say_which_images_they_have_seen(job: Watched, tmp_path: Path):
+def test_probes_say_which_images_they_have_seen(job: Watched, tmp_path: Path, caplog):
     """By the number that train_probe writes: that of the cache of embeddings."""
     learned = tmp_path / "learned"
     learned.mkdir()
@@ -215,4 +252,8 @@ def test_probes_say_which_images_they_have_seen(job: Watched, tmp_path: Path):
         save_probe(probe, folder, known)
         job.watch("last", f"probe={folder}", f"name=seen{number}")
         page = (job.folder / "runs" / f"seen{number}" / "report/index.html").read_text()
-        assert "the probe was learned from the evaluated images, data.shards=" in page
+        said = "the probe was learned from the evaluated images, data.shards="
+        assert said in page
+        assert any(said in one for one in job.metrics(f"seen{number}")["warnings"])
+        assert any(said in one.getMessage() for one in caplog.records)
+        caplog.clear()

@@ -314,6 +314,19 @@ def test_a_scene_that_lacks_a_state_is_left_out_and_counted(world: World):
     assert seal == pytest.approx(same, rel=1e-4)
 
 
+def test_a_copy_of_a_pair_is_not_learned_from(world: World, capsys: pytest.CaptureFixture[str]):
+    shards = world.folder / "task_pairs"
+    pairs = "cues=[{name: tag, pair: tag}]"
+    assert world.run("name=wrong", pairs, f"repair.shards={shards}") == 2
+    error = capsys.readouterr().err
+    assert f"pairs.shards={shards}: both have" in error
+    copied = world.folder / "copied-pairs"
+    copied.mkdir()
+    (copied / "other.tar").write_bytes(next(shards.glob("*.tar")).read_bytes())
+    assert world.run("name=wrong", pairs, f"repair.shards={copied}") == 2
+    assert "the image task_pairs-0000000-none is in both" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -331,6 +344,7 @@ def test_a_scene_that_lacks_a_state_is_left_out_and_counted(world: World):
         (["pairs.state=json:nothing"], "has no key 'nothing', as pairs.scene"),
         (["pairs.shards=null"], "pairs.shards=null; say where"),
         (["shortcuts.cue_auroc=0.5"], "which is chance"),
+        (["shortcuts.shuffled=19"], "shuffled=19: must be at least 20"),
         (["probe=FOLDER/mlp"], "is a MlpProbe of embedding"),
         (["repair.reference=FOLDER/mlp"], "is a MlpProbe of embedding"),
     ],

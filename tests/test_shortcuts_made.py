@@ -13,10 +13,13 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from clipattr.callbacks.shortcuts_result import measure_effect, measure_effects
 from clipattr.clip import image_tower
 from clipattr.config.schema import EVALUATE_JOBS
+from clipattr.errors import DataError
 from clipattr.jobs import shortcuts_learned
 from clipattr.main import run_script
+from clipattr.metrics.intervals import resampled_means
 from clipattr.probes.files import load_probe
 from clipattr.shortcuts.contrast import contrast_logits
 from clipattr.shortcuts.overlay import Kind, Overlay
@@ -26,6 +29,7 @@ from clipattr.shortcuts.suppression_files import load_suppression
 from tests.tars import write_shard
 from tests.test_attribution_job import SITES
 from tests.test_evaluate_sae import N_IMAGES, NAMES, noise
+from tests.test_shortcuts_controls_job import without
 from tests.test_shortcuts_job_parts import CONFIG, KEYS, ShortcutsJob, as_png, region_of
 
 N_LEARNED, N_PAIRS, LATENTS = 63, 21, [3, 7]
@@ -290,3 +294,61 @@ def test_masks_may_be_missing_where_repairs_are_learned(job: MadeJob):
     assert found["repairs"] == {}
     assert any("has the field 'mask.png'" in warning for warning in found["warnings"])
     assert any("no repair by dfr" in warning for warning in found["warnings"])
+
+
+def test_what_a_repair_leaves_is_as_uncertain_as_what_was_there():
+    """Beside a spread that is taken as known, pairs that all say the same would show no doubt."""
+    torch.manual_seed(0)
+    changes, scores = 1 + 0.01 * torch.randn(300), torch.randn(40).exp()
+    draw = {"resamples": 400, "seed": 3}
+    both = {"text": scores[:, None], "probe": scores[:, None]}
+    for same_images, n in ((False, 300), (True, 40)):
+        table = changes[:n, None]
+        (wanted,) = measure_effects(
+            table, table, scores=both, same_images=same_images, names=["x"], measure="m", **draw
+        )
+        found = measure_effect(
+            changes[:n], scores, same_images=same_images, what="repaired probe", **draw
+        )
+        assert found == pytest.approx(wanted.probe)
+        assert found.high - found.low > 0.1 * found.mean
+    with pytest.raises(DataError, match="repaired probe: 300 effects, but scores of 40 images"):
+        measure_effect(changes, scores, same_images=True, what="repaired probe", **draw)
+
+
+@pytest.mark.parametrize("cue", ["mark", "spot"])
+def test_the_spread_of_a_repaired_probe_is_drawn_anew(job: MadeJob, cue: str):
+    """Of pairs: their draws, and others of the images."""
+    found = job.metrics("all")["cues"][cue]["repairs"]["project"]["effect"]
+    probe, _ = load_probe(job.folder / "runs" / "all" / "repaired" / cue / "project")
+    weights = probe.weight.detach().double()
+    unit, _, has_cue = evaluated(job, cue)
+    logits = unit.double() @ weights.T
+    of_all = contrast_logits(job.unit(job.bytes).double() @ weights.T)
+    before = job.metrics("all")["cues"][cue]["effects"]["pairs"]
+    score = list(before).index(max(before, key=lambda name: before[name]["excess"]["mean"]))
+    changes = contrast_logits(logits[has_cue] - logits[~has_cue])[:, score]
+    generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    means = resampled_means(changes[:, None], resamples=20, generator=generators[0])[:, 0]
+    scores = of_all[:, score] - of_all[:, score].mean()
+    moments = torch.stack([scores, scores.square()], dim=1)
+    mean, square = resampled_means(moments, resamples=20, generator=generators[1]).unbind(1)
+    drawn = means / (square - mean.square()).sqrt()
+    wanted = drawn.quantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
+    assert [found["low"], found["high"]] == pytest.approx(wanted, rel=1e-2, abs=1e-4)
+
+
+def test_where_pairs_are_too_few_a_repair_is_measured_by_removal(job: MadeJob):
+    """As the headline is: nothing defined stands below what is not."""
+    options = (f"cues={json.dumps([CUES[0]])}", "pairs.images=9", "repair.methods=[project]")
+    assert job.start(*options, "name=nine") == 0
+    found = job.metrics("nine")["cues"]["mark"]
+    removal = found["effects"]["removal"]
+    score = list(removal).index(max(removal, key=lambda name: removal[name]["excess"]["mean"]))
+    probe, _ = load_probe(job.folder / "runs" / "nine" / "repaired" / "mark" / "project")
+    weights, bias = (each.detach().double() for each in (probe.weight, probe.bias))
+    before, after = (contrast_logits(each @ weights.T + bias) for each in without(job, LATENTS))
+    wanted = (before - after).mean(dim=0) / before.std(dim=0, correction=0)
+    effect = found["repairs"]["project"]["effect"]
+    assert effect["mean"] == pytest.approx(float(wanted[score]), rel=1e-2, abs=1e-4)
+    assert effect["low"] < effect["high"]

@@ -242,7 +242,9 @@ def test_a_ratio_without_an_interval_is_not_in_large_letters(tmp_path):
     html = written(dataclasses.replace(full_content(), cues=[cue]), tmp_path)
     assert "4.00" in html
     assert 'class="amplification"' not in html
-    assert 'class="amplification"' in written(full_content(), tmp_path)
+    whole = written(full_content(), tmp_path)
+    assert 'class="amplification"' in whole
+    assert "each on the score of its largest excess" not in whole
 
 
 def test_warnings_come_first(tmp_path):
@@ -286,6 +288,7 @@ def test_many_scores_are_charted_by_excess(tmp_path):
     assert "largest excess of 40" in claims.choice_note(cue)
     text = Page(written(dataclasses.replace(full_content(), cues=[cue]), tmp_path)).text
     assert "68 more rows in the table" in text
+    assert "which know nothing, each on the score of its largest excess;" in text
     assert text.count("class 23 rather than the others") == 2
     assert charts.charted_effects(tag()) == tag().effects
 

@@ -141,6 +141,33 @@ def measure_effects(
     return effects
 
 
+def measure_effect(
+    changes: Float[Tensor, " n"],
+    scores: Float[Tensor, " image"],
+    *,
+    same_images: bool,
+    what: str,
+    resamples: int,
+    seed: int,
+) -> Interval:
+    """Mean effect on one score of one head, with the draws of `measure_effects`.
+
+    Args:
+        changes: y(with the cue) - y(without it) of each image or pair, in units of the head.
+        scores: of the evaluated images: their spread is the unit.
+        same_images: image i of the changes is image i of the scores: drawn together, else apart.
+        what: the head, for messages.
+        resamples: of the bootstrap.
+        seed: of the draws.
+    """
+    if same_images and len(changes) != len(scores):
+        raise DataError(f"{what}: {len(changes)} effects, but scores of {len(scores)} images")
+    table = changes.double()[None, :, None]
+    mean, drawn = _bootstrap(table, resamples, seed, what=what)
+    unit, units = _draw_spread(what, scores[:, None], resamples, seed if same_images else seed + 1)
+    return _interval((mean[0] / unit)[0], (drawn[0] / units)[:, 0])
+
+
 def _check_same(
     effects: Float[Tensor, "n score"], scores: Mapping[str, Float[Tensor, "image score"]], what: str
 ) -> None:
@@ -153,19 +180,23 @@ def _draw_spreads(
     scores: Mapping[str, Float[Tensor, "image score"]], resamples: int, seed: int
 ) -> tuple[Float64[Tensor, "two score"], Float64[Tensor, "two resample score"]]:
     """Standard deviations over the images, and over each draw of them, the same for both heads."""
-    units, drawn = [], []
-    for head in HEADS:
-        unit = _spread(head, scores[head])
-        centred = scores[head].double() - scores[head].double().mean(dim=0)
-        generator = torch.Generator(centred.device).manual_seed(seed)
-        moments = torch.cat([centred, centred.square()], dim=1)
-        mean, square = resampled_means(moments, resamples=resamples, generator=generator).chunk(
-            2, dim=1
-        )
-        least = (_LEAST_SPREAD * unit).square()
-        drawn.append(torch.maximum(square - mean.square(), least).sqrt())
-        units.append(unit)
+    found = [_draw_spread(head, scores[head], resamples, seed) for head in HEADS]
+    units, drawn = zip(*found, strict=True)
     return torch.stack(units), torch.stack(drawn)
+
+
+def _draw_spread(
+    head: str, scores: Float[Tensor, "image score"], resamples: int, seed: int
+) -> tuple[Float64[Tensor, " score"], Float64[Tensor, "resample score"]]:
+    unit = _spread(head, scores)
+    centred = scores.double() - scores.double().mean(dim=0)
+    generator = torch.Generator(centred.device).manual_seed(seed)
+    moments = torch.cat([centred, centred.square()], dim=1)
+    mean, square = resampled_means(moments, resamples=resamples, generator=generator).chunk(
+        2, dim=1
+    )
+    least = (_LEAST_SPREAD * unit).square()
+    return unit, torch.maximum(square - mean.square(), least).sqrt()
 
 
 def _over_all_scores(
@@ -202,8 +233,8 @@ def measure_shares(
 
 
 def _bootstrap(
-    table: Float64[Tensor, "two n score"], resamples: int, seed: int, *, what: str
-) -> tuple[Float64[Tensor, "two score"], Float64[Tensor, "two resample score"]]:
+    table: Float64[Tensor, "table n score"], resamples: int, seed: int, *, what: str
+) -> tuple[Float64[Tensor, "table score"], Float64[Tensor, "table resample score"]]:
     """Means over the data and over each resample, with the same draws for every column."""
     n = table.shape[1]
     n_bad = int((~table.isfinite()).any(dim=2).any(dim=0).sum())
@@ -215,7 +246,7 @@ def _bootstrap(
     generator = torch.Generator(table.device).manual_seed(seed)
     flat = table.transpose(0, 1).flatten(1)
     drawn = resampled_means(flat, resamples=resamples, generator=generator)
-    return table.mean(dim=1), drawn.unflatten(1, (2, -1)).transpose(0, 1)
+    return table.mean(dim=1), drawn.unflatten(1, (len(table), -1)).transpose(0, 1)
 
 
 def _interval(point: Tensor, drawn: Float64[Tensor, " resample"]) -> Interval:

@@ -12,6 +12,8 @@ from clipattr.config.limits import check_label, check_not_negative, check_positi
 from clipattr.errors import ConfigError
 
 _EXAMPLE = "cues='[{name: water, field: json:place=water}]'"
+# Of 19, with the probe itself, not even the largest effect is among fewer than one in twenty.
+_FEWEST_SHUFFLED = 20
 
 
 class OverlayKind(Enum):
@@ -171,7 +173,7 @@ class ShortcutsConfig:
     placebos: int = 30
     """draws of other latents beside those of a cue, each a pass of the suffix; 0: none"""
     shuffled: int = 100
-    """probes of shuffled labels, beside which every effect is put"""
+    """probes of shuffled labels, beside which every effect is put: at least 20; 0: none"""
     resamples: int = 1000
     """bootstrap resamples of every interval"""
     shown: int = 6
@@ -182,8 +184,13 @@ class ShortcutsConfig:
     def check(self) -> None:
         """Raise ConfigError when a value cannot work."""
         check_positive(self, "shortcuts", "confirmed", "resamples", "thumbnail")
-        check_positive(self, "shortcuts", "latents_of_words", "shuffled")
+        check_positive(self, "shortcuts", "latents_of_words")
         check_not_negative(self, "shortcuts", "shown", "unexpected", "placebos")
+        if self.shuffled and self.shuffled < _FEWEST_SHUFFLED:
+            raise ConfigError(
+                f"shortcuts.shuffled={self.shuffled}: must be at least {_FEWEST_SHUFFLED}, fewer "
+                "cannot show that chance is rare; or 0, and nothing is put beside the effects"
+            )
         if not 0.0 < self.level < 1.0:
             raise ConfigError(f"shortcuts.level={self.level}: must lie between 0 and 1")
         if not 0.5 < self.cue_auroc <= 1.0:

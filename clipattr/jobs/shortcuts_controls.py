@@ -28,7 +28,14 @@ from clipattr.jobs.shortcuts_removal import change_each
 from clipattr.metrics.intervals import Interval, bootstrap_mean
 from clipattr.report.shortcuts.claims import PLACEBO_REMOVAL
 from clipattr.shortcuts.automatic import LatentSums
-from clipattr.shortcuts.null_heads import NullBand, effects_on_heads, null_band, null_heads
+from clipattr.shortcuts.null_heads import (
+    NullBand,
+    draws_band,
+    effects_on_heads,
+    headline_effects,
+    null_band,
+    null_heads,
+)
 from clipattr.shortcuts.placebos import count_unlike, draw_placebos
 
 Bands = dict[tuple[str, str], NullBand]
@@ -80,6 +87,8 @@ def _shuffle(
 ) -> Float[Tensor, "head class embed"]:
     """Learned from the images to learn from; without any, from those that are evaluated."""
     embeddings, labels = passes.result.embeddings, passes.labels
+    if not config.shortcuts.shuffled:
+        return embeddings.new_zeros(0, len(audited.classes), embeddings.shape[1])
     if learned is not None:
         embeddings, labels = learned.embeddings, learned.images.labels[learned.rows]
     return null_heads(
@@ -153,7 +162,7 @@ def add_controls(
     removal = {each.score: each for each in measured.effects if each.measure == REMOVAL}
     for number, score in enumerate(audited.scores):
         judged = removal[score].probe.mean
-        bands[PLACEBO_REMOVAL, score] = null_band(probe[:, number], judged)
+        bands[PLACEBO_REMOVAL, score] = draws_band(probe[:, number], judged)
     placebos = _placebo_effects(config, audited.scores, text, probe)
     return measured._replace(effects=[*measured.effects, *placebos], bands=bands)
 
@@ -174,11 +183,10 @@ def _moves(
 
 
 def _bands(effects: Sequence[CueEffect], measure: str, nulls: Float[Tensor, "head score"]) -> Bands:
+    """Each head is met on the score that would be its headline, as the probe is."""
     rows = [each for each in effects if each.measure == measure]
-    return {
-        (measure, row.score): null_band(of_score, row.probe.mean)
-        for row, of_score in zip(rows, nulls.unbind(dim=1), strict=True)
-    }
+    of_heads = headline_effects(nulls, nulls.new_tensor([row.text.mean for row in rows]))
+    return {(measure, row.score): null_band(of_heads, row.probe.mean) for row in rows}
 
 
 def _placebo_effects(

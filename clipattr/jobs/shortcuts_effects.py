@@ -26,11 +26,13 @@ from clipattr.jobs.shortcuts_inputs import HEADS, PROBE, TEXT, Audited, ImageSet
 from clipattr.jobs.shortcuts_pairs import FEWEST_PAIRS, PLACEBO, WITH, WITHOUT, CuePairs
 from clipattr.jobs.shortcuts_removal import Removed
 from clipattr.probes.linear import linear_logits
+from clipattr.report.shortcuts.claims import PLACEBO_REMOVAL
 from clipattr.shortcuts.contrast import contrast_logits, remove_direction
 from clipattr.shortcuts.null_heads import NullBand
 
 PAIRS, REMOVAL, DIRECTION = "pairs", "removal", "direction"
 PLACEBO_PAIRS = "placebo of the pairs"
+_PLACEBOS = (PLACEBO_PAIRS, PLACEBO_REMOVAL)
 # Not one effect for each evaluated image, but of pairs, or of some of the images.
 _APART = (PAIRS, PLACEBO_PAIRS, DIRECTION)
 # Images that a prompt fits best: a tenth, but no fewer, and never more than half.
@@ -183,12 +185,14 @@ def _measure_pairs(
 
 
 def headline_score(effects: Sequence[CueEffect], names: Sequence[str]) -> int:
-    """The score with the largest excess by the measure that counts most; 0 where there is none."""
-    first = [one for one in effects if one.measure == effects[0].measure]
-    found = [one for one in first if math.isfinite(one.excess.mean)]
+    """The score with the largest excess by the first measure with one; 0 where there is none."""
+    found = [
+        one for one in effects if one.measure not in _PLACEBOS and math.isfinite(one.excess.mean)
+    ]
     if not found:
         return 0
-    return list(names).index(max(found, key=lambda one: one.excess.mean).score)
+    first = [one for one in found if one.measure == found[0].measure]
+    return list(names).index(max(first, key=lambda one: one.excess.mean).score)
 
 
 def pair_scores(audited: Audited, pairs: CuePairs, head: str, variant: str) -> Scores:

@@ -12,6 +12,7 @@ from clipattr.config.schema import Shortcuts
 from clipattr.data.pixels import Pixels
 from clipattr.errors import DataError
 from clipattr.jobs.apart import check_apart
+from clipattr.jobs.shards import find_images
 from clipattr.jobs.shortcuts_cue_images import CueImages
 from clipattr.jobs.shortcuts_cues import KnownCue, infer_flags, read_flags
 from clipattr.jobs.shortcuts_edits import Edits, cut_out, decode_some, paste
@@ -30,7 +31,7 @@ class Learned(NamedTuple):
 
 
 def read_learned(config: Shortcuts, audited: Audited, images: ImageSet) -> Learned | None:
-    """Images of repair.shards, of which none may be evaluated."""
+    """Images of repair.shards, of which none may be evaluated, nor be shown in a pair."""
     if config.repair.shards is None:
         return None
     found = read_images(config, audited, config.repair.shards, "repair.shards")
@@ -40,9 +41,29 @@ def read_learned(config: Shortcuts, audited: Audited, images: ImageSet) -> Learn
         f"repair.shards={config.repair.shards} and data.shards={config.data.shards}",
         "repairs are learned from images that are not evaluated",
     )
+    _check_pairs(config, found)
     rows = torch.cat([row.cpu() for _, row, _ in found.batches]).sort().values
     embeddings = embed_states(audited, found.batches, len(found.samples))[rows]
     return Learned(found, rows, embeddings)
+
+
+def _check_pairs(config: Shortcuts, found: ImageSet) -> None:
+    """What a repair leaves of an effect is measured on them."""
+    if config.pairs.shards is None or not any(cue.pair for cue in config.cues):
+        return
+    shown = find_images(
+        config.pairs.shards,
+        config.data,
+        ("json",),
+        setting="pairs.shards",
+        progress=config.trainer.progress,
+    )
+    check_apart(
+        shown.usable,
+        found.samples,
+        f"repair.shards={config.repair.shards} and pairs.shards={config.pairs.shards}",
+        "repairs are learned from images on which they are not measured",
+    )
 
 
 def images_to_learn(

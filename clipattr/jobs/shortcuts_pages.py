@@ -24,6 +24,7 @@ from clipattr.jobs.shortcuts_effects import (
     REMOVAL,
     Measured,
     Passes,
+    headline_score,
     score,
 )
 from clipattr.jobs.shortcuts_groups import Group, HeadQuality
@@ -139,7 +140,7 @@ def _examples(
 
 
 def _effect(found: CueEffect, measured: Measured, *, n_scores: int) -> EffectRow:
-    band = measured.bands.get((found.measure, found.score), NullBand(math.nan, math.nan))
+    band = measured.bands.get((found.measure, found.score), NullBand(math.nan, math.nan, 0))
     return EffectRow(
         measure=found.measure,
         score=found.score,
@@ -152,6 +153,7 @@ def _effect(found: CueEffect, measured: Measured, *, n_scores: int) -> EffectRow
         n=found.n,
         null_high=band.high,
         null_share=band.share,
+        n_null=band.n,
     )
 
 
@@ -182,8 +184,7 @@ def _pictures(
     effects: Sequence[CueEffect],
 ) -> list[PairPicture]:
     """The first pairs, with the score of the headline."""
-    of_pairs = [each for each in effects if each.measure == PAIRS]
-    chosen = max(range(len(of_pairs)), key=lambda number: of_pairs[number].excess.mean)
+    chosen = headline_score(effects, audited.scores)
     size = config.shortcuts.thumbnail
     scores = {
         head: {

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clipattr.callbacks import take_all
 from clipattr.callbacks.base import Batch
-from clipattr.callbacks.shortcuts_result import UNDEFINED
+from clipattr.callbacks.shortcuts_result import UNDEFINED, measure_effect
 from clipattr.callbacks.suppressed import LatentMeans, SuppressedEmbeddings
 from clipattr.config.schema import Shortcuts
 from clipattr.config.shortcuts import RepairMethod
@@ -34,11 +34,10 @@ from clipattr.jobs.shortcuts_inputs import Audited, ImageSet
 from clipattr.jobs.shortcuts_learned import Learned, images_to_learn
 from clipattr.jobs.shortcuts_pairs import FEWEST_PAIRS, WITH, WITHOUT, CuePairs
 from clipattr.jobs.shortcuts_provenance import repaired_fingerprint
-from clipattr.metrics.intervals import Interval, bootstrap_mean
+from clipattr.metrics.intervals import Interval
 from clipattr.metrics.quality import Quality
 from clipattr.probes.files import ProbeRecord
 from clipattr.probes.linear import LinearProbe, linear_logits
-from clipattr.shortcuts.amplification import standardise
 from clipattr.shortcuts.contrast import contrast_logits
 from clipattr.shortcuts.repair import Suppression, restored_share
 from clipattr.shortcuts.suppression_files import FEATURE, SuppressionRecord
@@ -102,8 +101,12 @@ def repair_cue(
         of_all = each.logits[-1]
         if cue.source == "pairs":
             of_all = _read(audited, images.batches, unedited, each.probe, used)
-        sides = _sides(audited, images, passes, each.probe, of_all, cue, pairs, used)
-        effect = UNDEFINED if sides is None else _effect(config, *sides, of_all, score)
+        shown_pairs = None if pairs is None or len(pairs.keys) < FEWEST_PAIRS else pairs
+        sides = _sides(audited, images, passes, each.probe, of_all, cue, shown_pairs, used)
+        effect = UNDEFINED
+        if sides is not None:
+            is_removal = shown_pairs is None
+            effect = _effect(config, *sides, of_all, score, same_images=is_removal)
         restored = restored_share(quality[0].worst_group, quality[-1].worst_group, reference)
         right = share_right(of_all, passes)
         measured.append(RepairedCue(each, quality, right, effect, restored, used))
@@ -191,8 +194,6 @@ def _sides(
 ) -> tuple[Float[Tensor, "n class"], Float[Tensor, "n class"]] | None:
     """Logits with the cue and without it: of the pairs, else of the removal of its latents."""
     if pairs is not None:
-        if len(pairs.keys) < FEWEST_PAIRS:
-            return None
         with_cue, without = (
             _read(audited, pairs.states[side], pairs.embeddings[side], probe, suppression)
             for side in (WITH, WITHOUT)
@@ -211,15 +212,22 @@ def _effect(
     without: Float[Tensor, "n class"],
     of_all: Float[Tensor, "image class"],
     score: int,
+    *,
+    same_images: bool,
 ) -> Interval:
     """In standard deviations over the evaluated images, as the effects on the heads."""
-    effects = contrast_logits(with_cue - without)[:, score]
+    changes = contrast_logits(with_cue - without)[:, score]
     scores = contrast_logits(of_all)[:, score]
     if not scores.std(correction=0) > 0:  # a probe that learned nothing says the same of all
         return UNDEFINED
-    generator = torch.Generator().manual_seed(config.seed)
-    values = standardise(effects, scores)
-    return bootstrap_mean(values, resamples=config.shortcuts.resamples, generator=generator)
+    return measure_effect(
+        changes,
+        scores,
+        same_images=same_images,
+        what="repaired probe",
+        resamples=config.shortcuts.resamples,
+        seed=config.seed,
+    )
 
 
 def measure_reference(audited: Audited, shown: CueImages, text: Quality) -> Quality:

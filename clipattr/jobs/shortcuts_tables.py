@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Latents of a cue that a line of the log has.
 _LATENTS = 10
-_BAND = ("null_high", "null_share")
+_BAND = ("null_high", "null_share", "n_null")
 EFFECTS, AMPLIFIED, GROUPS, REPAIRS = "effects.csv", "amplified.csv", "groups.csv", "repairs.csv"
 
 
@@ -32,6 +32,7 @@ def collect(content: ShortcutsContent) -> dict[str, object]:
     found: dict[str, object] = {
         "images": content.n_images,
         "cues": {cue.name: _collect_cue(cue) for cue in content.cues},
+        "warnings": content.warnings,
     }
     if content.amplified is not None:
         found["amplified"] = {
@@ -196,6 +197,8 @@ def _write(path: Path, names: Sequence[str], rows: Iterable[Sequence[object]]) -
 
 def log_tables(content: ShortcutsContent) -> None:
     """What a person wants to see first."""
+    for warning in content.warnings:
+        logger.warning("%s", warning)
     for cue in content.cues:
         logger.info("%s: latents %s", cue.name, _name_latents(cue) or "none")
         for row in cue.effects:

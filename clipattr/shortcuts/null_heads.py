@@ -27,6 +27,8 @@ class NullBand(NamedTuple):
     """95 % of them are below it in size"""
     share: float
     """of them that are as large as the one judged, or larger"""
+    n: int
+    """how many there are"""
 
 
 class _Spectrum(NamedTuple):
@@ -83,13 +85,36 @@ def effects_on_heads(
     return scores @ moved.double() / spreads
 
 
+def headline_effects(
+    nulls: Float[Tensor, "head score"], text: Float[Tensor, " score"]
+) -> Float64[Tensor, " head"]:
+    """The effect of each head on the score that would be its headline.
+
+    That of the probe is on the score with the largest excess over the text head: the largest of
+    many, which one and the same score of other heads is not.
+    """
+    nulls = nulls.double()
+    chosen = (nulls.abs() - text.double().abs()).argmax(dim=1, keepdim=True)
+    return nulls.gather(1, chosen).squeeze(1)
+
+
 def null_band(nulls: Float[Tensor, " null"], judged: float) -> NullBand:
-    """Where an effect stands among others; nan where one of them is not defined."""
-    sizes = nulls.double().abs()
+    """Where an effect stands among those that chance has; nan where one of them is not defined.
+
+    The judged one counts as one of them, so that the share is that of a permutation test, never 0.
+    Reference: Phipson and Smyth, 2010.
+    """
+    found = draws_band(nulls, judged)
+    return found._replace(share=(1 + found.n * found.share) / (1 + found.n))
+
+
+def draws_band(draws: Float[Tensor, " draw"], judged: float) -> NullBand:
+    """Where an effect stands among others, which are counted as they are."""
+    sizes = draws.double().abs()
     if not len(sizes) or not sizes.isfinite().all():
-        return NullBand(float("nan"), float("nan"))
+        return NullBand(float("nan"), float("nan"), len(sizes))
     share = (sizes >= abs(judged)).double().mean()
-    return NullBand(float(sizes.quantile(0.95)), float(share))
+    return NullBand(float(sizes.quantile(0.95)), float(share), len(sizes))
 
 
 def _decompose(embeddings: Float[Tensor, "image embed"]) -> _Spectrum:

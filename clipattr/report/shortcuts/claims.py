@@ -24,11 +24,12 @@ _LEAST_EXCESS = 1e-5
 
 
 def headline_effect(cue: CueResult) -> EffectRow | None:
-    """Of the first measure that is no placebo the score with the largest excess."""
+    """Of the first measure that has an excess and is no placebo, the score with the largest one."""
     effects = [row for row in cue.effects if not row.is_placebo]
     if not effects:
         return None
-    rows = [row for row in effects if row.measure == effects[0].measure]
+    first = next((row for row in effects if is_defined(row.excess)), effects[0])
+    rows = [row for row in effects if row.measure == first.measure]
     return max(rows, key=lambda row: row.excess.mean if is_defined(row.excess) else -math.inf)
 
 
@@ -89,10 +90,11 @@ def amplification_claim(cue: CueResult) -> str:
         0: f"That the probe leans on {name} more than the prompt does is not shown: it does "
         f"{ratio} as much.",
         -1: f"The probe leans on {name} less than the prompt does: {ratio} as much.",
-    }[_leaning(row)]
+    }[headline_leaning(row)]
 
 
-def _leaning(row: EffectRow) -> int:
+def headline_leaning(row: EffectRow) -> int:
+    """The same of a row that was chosen among the scores of its measure."""
     return leaning(excess_over_all(row), row.text, row.probe)
 
 
@@ -104,7 +106,7 @@ def _against(row: EffectRow, name: str) -> str:
         1: f"and more strongly: {size} as much",
         0: f"and it is not shown that it does so more strongly: {size} as much",
         -1: f"and less strongly: {size} as much",
-    }[_leaning(row)]
+    }[headline_leaning(row)]
     return f"The probe reacts to {name} in the direction opposite to the prompt's, {strength}."
 
 
@@ -129,7 +131,7 @@ def _without_ratio(row: EffectRow, name: str) -> str:
     why = "a ratio is not defined"
     if direction(row.text) == 0:
         why += ", because the prompt does not react beyond chance"
-    found = _leaning(row)
+    found = headline_leaning(row)
     if found > 0:
         return f"The probe leans on {name} more than the prompt does ({_both(row)}); {why}."
     if found < 0:
@@ -153,14 +155,24 @@ def choice_note(cue: CueResult) -> str:
     row = headline_effect(cue)
     if row is None:
         return ""
-    n_scores = len({each.score for each in cue.effects if each.measure == row.measure})
-    if n_scores == 1:
+    if not has_choice(cue):
         return f"Measured by: {row.measure}; score: {row.score}."
+    n_scores = _count_scores(cue, row)
     return (
         f"Measured by: {row.measure}; score: {row.score}, the one with the largest excess of "
         f"{n_scores}, so the numbers flatter a little; that there is an excess is judged by an "
         f"interval that holds for all {n_scores} at once ({described(excess_over_all(row))})."
     )
+
+
+def has_choice(cue: CueResult) -> bool:
+    """The headline's measure has several scores, of which it is one."""
+    row = headline_effect(cue)
+    return row is not None and _count_scores(cue, row) > 1
+
+
+def _count_scores(cue: CueResult, row: EffectRow) -> int:
+    return len({each.score for each in cue.effects if each.measure == row.measure})
 
 
 def placebo_claims(cue: CueResult) -> list[str]:
@@ -196,13 +208,18 @@ def _removal_claim(placebo: EffectRow, effects: Sequence[EffectRow]) -> str:
             f"{name}: that the probe leans on such latents more than the prompt does is not shown "
             f"(excess {found})."
         )
-    said = f"{name}: the probe leans on such latents more than the prompt does too (excess {found})"
-    cue = next((each.excess for each in effects if each.measure in placebo.measure), None)
-    if cue is None or not is_defined(cue):
-        return f"{said}."
-    if placebo.excess.mean >= cue.mean:
+    more = f"{name}: the probe leans on such latents more than the prompt does"
+    cue = next((each for each in effects if each.measure in placebo.measure), None)
+    if cue is None or not is_defined(cue.excess):
+        return f"{more} (excess {found})."
+    of_cue = headline_leaning(cue)
+    if of_cue <= 0:
+        but = "though not on the cue's" if of_cue < 0 else "which is not shown of the cue's"
+        return f"{more} (excess {found}), {but}."
+    said = f"{more} too (excess {found})"
+    if placebo.excess.mean >= cue.excess.mean:
         return f"{said}, at least as much as on the cue's, so the excess is not the cue's own."
-    return f"{said}, by {_share(placebo.excess.mean / cue.mean)} of the excess of the cue's."
+    return f"{said}, by {_share(placebo.excess.mean / cue.excess.mean)} of the excess of the cue's."
 
 
 def _placebo_claim(placebo: EffectRow, effects: Sequence[EffectRow]) -> str:
@@ -214,7 +231,7 @@ def _placebo_claim(placebo: EffectRow, effects: Sequence[EffectRow]) -> str:
     if direction(placebo.probe) == 0:
         return f"{name}: it does not move the probe beyond chance ({found})."
     probe = next((each.probe for each in effects if each.measure in placebo.measure), None)
-    if probe is None or not is_defined(probe) or probe.mean == 0:
+    if probe is None or not is_defined(probe) or direction(probe) == 0:
         return f"{name}: it moves the probe ({found})."
     share = abs(placebo.probe.mean / probe.mean)
     if share >= 1:
@@ -240,24 +257,32 @@ def amplified_claim(content: ShortcutsContent) -> str:
     if content.n_significant == 0:
         return (
             "With no cue named, no latent is used more by the probe than by the prompt beyond "
-            f"chance ({rate})."
+            f"chance, by attribution ({rate})."
         )
     found = "pair of a latent and a score is" if content.n_significant == 1 else ""
     found = found or "pairs of a latent and a score are"
     said = (
         f"With no cue named, {content.n_significant:,} {found} used more by the probe than by the "
-        f"prompt ({rate})."
+        f"prompt, by attribution ({rate})"
     )
-    first = next((row for row in content.amplified if row.is_significant), None)
-    if first is None:
-        return said
+    removed = [row for row in content.amplified if row.is_significant]
+    if not removed:
+        return f"{said}."
+    first = removed[0]
+    if len(removed) > 1:
+        said += f"; of the {len(removed):,} taken out exactly, {_count_confirmed(removed)}"
     of = f", of {_listed(first.cues)}" if first.cues else ", of no cue that was named"
     means = f" ({', '.join(first.labels)})" if first.labels else ""
     confirmed = "confirms it" if is_confirmed(first) else "does not confirm it"
     return (
-        f"{said} The strongest is latent {first.latent}{means}{of}; taking it out {confirmed} "
+        f"{said}. The strongest is latent {first.latent}{means}{of}; taking it out {confirmed} "
         f"(excess {described(first.excess)})."
     )
+
+
+def _count_confirmed(removed: Sequence[AmplifiedLatent]) -> str:
+    count = sum(map(is_confirmed, removed))
+    return f"{count or 'none'} {'is' if count < 2 else 'are'} confirmed"
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -33,11 +33,13 @@ class EffectRow:
     """size below which 95 % of the effects are that chance has: on probes of shuffled labels; of
     the placebo of the removal, those on the probe of its draws"""
     null_share: float = math.nan
-    """share of those effects that are at least as large as that on the probe; of the placebo of the
-    removal, as large as that of the cue's latents"""
+    """(1 + k) / (1 + n_null), where k of those effects are at least as large as that on the probe;
+    of the placebo of the removal k / n_null, where k are as large as that of the cue's latents"""
     excess_all: Interval | None = None
     """the excess with an interval that holds for all scores of the measure at once: what the
     headline is judged by; None of one score, where it is that of the excess"""
+    n_null: int = 0
+    """probes of shuffled labels, or draws, of which `null_high` and `null_share` are"""
 
 
 @dataclass(frozen=True)

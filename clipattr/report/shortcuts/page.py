@@ -53,6 +53,7 @@ def _environment() -> Environment:
     environment.globals.update(
         NOT_DEFINED=formatting.NOT_DEFINED,
         is_defined=formatting.is_defined,
+        has_choice=claims.has_choice,
         headline_effect=claims.headline_effect,
         ratio_digits=claims.ratio_digits,
         chance_claims=chance.chance_claims,
