@@ -6,8 +6,8 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
-from clipattr.config.choices import ClassWeight
-from clipattr.config.probe import GroupMethod, ProbeConfig, Solver
+from clipattr.config.choices import ClassWeight, GroupMethod, Solver
+from clipattr.config.probe import ProbeConfig
 from clipattr.errors import DataError
 from clipattr.jobs.probe_choice import Candidate, choose, describe_quality, score_head, towards_text
 from clipattr.jobs.probe_convex import balance_classes, fit_method, fit_path

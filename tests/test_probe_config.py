@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from clipattr.config.choices import Criterion
 from clipattr.config.load import load_config
-from clipattr.config.probe import Criterion
 from clipattr.config.schema import TRAIN_JOBS, TrainProbe
 from clipattr.errors import ConfigError
 

@@ -167,3 +167,68 @@ class ClassWeight(Enum):
 
     none = "none"
     balanced = "balanced"
+
+
+class Feature(Enum):
+    """What a probe reads of an image."""
+
+    embedding = "embedding"
+    embedding_raw = "embedding_raw"
+    site = "site"
+    codes = "codes"
+
+
+class HeadKind(Enum):
+    """What a probe is."""
+
+    linear = "linear"
+    mlp = "mlp"
+    attention = "attention"
+    sparse = "sparse"
+
+
+class Solver(Enum):
+    """What fits it."""
+
+    sgd = "sgd"
+    lbfgs = "lbfgs"
+
+
+class GroupMethod(Enum):
+    """What the groups of images count in the fit."""
+
+    erm = "erm"
+    balanced = "balanced"
+    group_dro = "group_dro"
+    dfr = "dfr"
+    jtt = "jtt"
+
+
+class Criterion(Enum):
+    """By which number one of several is chosen."""
+
+    accuracy = "accuracy"
+    balanced_accuracy = "balanced_accuracy"
+    worst_group = "worst_group"
+
+
+class OverlayKind(Enum):
+    """What can be pasted into a picture."""
+
+    sticker = "sticker"
+    ruler = "ruler"
+    ink = "ink"
+    watermark = "watermark"
+    frame = "frame"
+    text = "text"
+
+
+class RepairMethod(Enum):
+    """What can be done about a cue; docs/probes.md explains each."""
+
+    suppress = "suppress"
+    project = "project"
+    retrain = "retrain"
+    dfr = "dfr"
+    balanced = "balanced"
+    group_dro = "group_dro"

@@ -1,58 +1,24 @@
 """Settings of a probe: what it reads, how it is built, by what it is fitted, and on what chosen."""
 
 from dataclasses import dataclass, field
-from enum import Enum
 
-from clipattr.config.choices import ClassWeight, Init, TokenPool, Tokens
+from clipattr.config.choices import (
+    ClassWeight,
+    Criterion,
+    Feature,
+    GroupMethod,
+    HeadKind,
+    Init,
+    Solver,
+    TokenPool,
+    Tokens,
+)
 from clipattr.config.fields import format_value
 from clipattr.config.inputs import DataConfig, ModelConfig, SiteConfig
 from clipattr.config.limits import check_divides, check_label, check_positive
 from clipattr.config.sae import Many
 from clipattr.config.trainer import TrainerConfig
 from clipattr.errors import ConfigError
-
-
-class Feature(Enum):
-    """What a probe reads of an image."""
-
-    embedding = "embedding"
-    embedding_raw = "embedding_raw"
-    site = "site"
-    codes = "codes"
-
-
-class HeadKind(Enum):
-    """What a probe is."""
-
-    linear = "linear"
-    mlp = "mlp"
-    attention = "attention"
-    sparse = "sparse"
-
-
-class Solver(Enum):
-    """What fits it."""
-
-    sgd = "sgd"
-    lbfgs = "lbfgs"
-
-
-class GroupMethod(Enum):
-    """What the groups of images count in the fit."""
-
-    erm = "erm"
-    balanced = "balanced"
-    group_dro = "group_dro"
-    dfr = "dfr"
-    jtt = "jtt"
-
-
-class Criterion(Enum):
-    """By which number one of several is chosen."""
-
-    accuracy = "accuracy"
-    balanced_accuracy = "balanced_accuracy"
-    worst_group = "worst_group"
 
 
 @dataclass

@@ -3,10 +3,10 @@
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
-from enum import Enum
 
 from omegaconf import MISSING
 
+from clipattr.config.choices import OverlayKind, RepairMethod
 from clipattr.config.inputs import DataConfig, ModelConfig
 from clipattr.config.limits import check_label, check_not_negative, check_positive
 from clipattr.errors import ConfigError
@@ -14,28 +14,6 @@ from clipattr.errors import ConfigError
 _EXAMPLE = "cues='[{name: water, field: json:place=water}]'"
 # Of 19, with the probe itself, not even the largest effect is among fewer than one in twenty.
 _FEWEST_SHUFFLED = 20
-
-
-class OverlayKind(Enum):
-    """What can be pasted into a picture."""
-
-    sticker = "sticker"
-    ruler = "ruler"
-    ink = "ink"
-    watermark = "watermark"
-    frame = "frame"
-    text = "text"
-
-
-class RepairMethod(Enum):
-    """What can be done about a cue; docs/probes.md explains each."""
-
-    suppress = "suppress"
-    project = "project"
-    retrain = "retrain"
-    dfr = "dfr"
-    balanced = "balanced"
-    group_dro = "group_dro"
 
 
 @dataclass

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from clipattr.codes import SparseCodes
-from clipattr.config.choices import ClassWeight
-from clipattr.config.probe import GroupMethod, ProbeConfig
+from clipattr.config.choices import ClassWeight, GroupMethod
+from clipattr.config.probe import ProbeConfig
 from clipattr.errors import DataError
 from clipattr.jobs.probe_choice import Candidate, Choice
 from clipattr.jobs.probe_sets import ProbeRows

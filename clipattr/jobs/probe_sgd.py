@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from clipattr.codes import SparseCodes
-from clipattr.config.probe import HeadKind
+from clipattr.config.choices import HeadKind
 from clipattr.config.schema import TrainProbe
 from clipattr.data import ActivationStore, Ranks
 from clipattr.data.store import hash_json

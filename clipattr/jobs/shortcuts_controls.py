@@ -122,8 +122,8 @@ def _draw(
     n_unlike = count_unlike(sums.energy, cue.latents, draws)
     if n_unlike:
         cue.warnings.append(
-            f"{PLACEBO_REMOVAL}: {n_unlike} of {len(draws)} draws have less than half, or more "
-            "than twice, the energy of the cue's latents"
+            f"{PLACEBO_REMOVAL}: draws with less than half, or more than twice, the energy of "
+            f"the cue's latents: {n_unlike} of {len(draws)}"
         )
     return draws
 

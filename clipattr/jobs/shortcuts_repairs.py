@@ -12,8 +12,8 @@ from clipattr.callbacks import take_all
 from clipattr.callbacks.base import Batch
 from clipattr.callbacks.shortcuts_result import UNDEFINED, measure_effect
 from clipattr.callbacks.suppressed import LatentMeans, SuppressedEmbeddings
+from clipattr.config.choices import RepairMethod
 from clipattr.config.schema import Shortcuts
-from clipattr.config.shortcuts import RepairMethod
 from clipattr.files import read_sha256
 from clipattr.jobs.shortcut_repair import (
     METHODS,

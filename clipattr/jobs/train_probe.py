@@ -13,8 +13,7 @@ import lightning as L
 from clipattr.atomic import write_text
 from clipattr.clip import Clip
 from clipattr.clip.templates import ClassNames, load_templates
-from clipattr.config.choices import Init
-from clipattr.config.probe import Feature, GroupMethod, HeadKind, Solver
+from clipattr.config.choices import Feature, GroupMethod, HeadKind, Init, Solver
 from clipattr.config.schema import TrainProbe
 from clipattr.data.pixels import Pixels
 from clipattr.jobs.class_head import Classes
